@@ -1,0 +1,120 @@
+"""What can go wrong, as a tree.
+
+::
+
+    SlurmProviderError
+      ConfigError          a mistake in the YAML: where, what, what is allowed
+      SlurmError           a SLURM tool failed: argv, exit code, both streams
+        SlurmNotFound        the tool or the SLURM configuration is missing here
+        SlurmUnavailable     the controller or munge did not answer; try again
+        SubmitRejected       sbatch was refused; says in which category
+        SlurmParseError      the tool answered something that we cannot read
+      StateError           the cluster directory cannot be read or written
+      NodeNotFound         a node id that this cluster does not know
+      HeadFailed           the head's job ended before Ray answered
+      SandboxError         the sandbox could not be started or stopped
+
+The first line of a message says what happened, the following ones what to do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class SlurmProviderError(Exception):
+    """Root of everything this package raises on purpose."""
+
+
+class ConfigError(SlurmProviderError):
+    """A mistake in the cluster YAML.
+
+    Args:
+        path: Where, as a YAML path: ``provider.slurm.state_dir``.
+        problem: What is wrong there.
+        allowed: What would be right; may be empty.
+    """
+
+    def __init__(self, path: str, problem: str, allowed: str = "") -> None:
+        self.path = path
+        self.problem = problem
+        self.allowed = allowed
+        super().__init__(f"{path}: {problem}" + (f"\n  allowed: {allowed}" if allowed else ""))
+
+
+class SlurmError(SlurmProviderError):
+    """A SLURM tool failed.
+
+    Args:
+        argv: The command line that was run.
+        returncode: Its exit code, None when it did not end by itself.
+        stdout: What it printed.
+        stderr: What it complained about.
+        advice: What a person can do about it; may be empty.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], returncode: int | None, stdout: str = "", stderr: str = "", advice: str = ""
+    ) -> None:
+        self.argv = list(argv)
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+        self.advice = advice
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        said = self.stderr.strip() or self.stdout.strip() or "no output"
+        code = "did not end" if self.returncode is None else f"exit code {self.returncode}"
+        text = f"{self.argv[0] if self.argv else 'SLURM'} failed ({code}): {said}"
+        return f"{text}\n  {self.advice}" if self.advice else text
+
+
+class SlurmNotFound(SlurmError):
+    """The tool, or the SLURM configuration, does not exist on this machine."""
+
+
+class SlurmUnavailable(SlurmError):
+    """The controller or munge did not answer: nothing is known, ask again later."""
+
+
+class SubmitRejected(SlurmError):
+    """Sbatch was refused.
+
+    Args:
+        argv: The command line that was run.
+        returncode: Its exit code.
+        stdout: What it printed.
+        stderr: What it complained about.
+        category: A short word for the reason, at most 19 characters (Ray's
+            ``NodeLaunchException`` allows no more).
+    """
+
+    def __init__(
+        self, argv: Sequence[str], returncode: int | None, stdout: str, stderr: str, category: str
+    ) -> None:
+        self.category = category
+        super().__init__(argv, returncode, stdout, stderr)
+
+
+class SlurmParseError(SlurmError):
+    """The tool printed something that we cannot read: nothing is known."""
+
+
+class StateError(SlurmProviderError):
+    """The cluster directory cannot be read or written."""
+
+
+class NodeNotFound(SlurmProviderError):
+    """A node id that this cluster does not know."""
+
+
+class HeadFailed(SlurmProviderError):
+    """The head's job ended, or cannot start, before Ray answered there."""
+
+
+class SandboxError(SlurmProviderError):
+    """The sandbox could not be started, found or stopped."""

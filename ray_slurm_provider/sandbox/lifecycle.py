@@ -1,0 +1,337 @@
+"""Starts, examines and ends a sandbox."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.agent.temp_dirs import remove_temp_dirs
+from ray_slurm_provider.errors import SandboxError, SlurmError
+from ray_slurm_provider.files import read_json_object, write_json
+from ray_slurm_provider.sandbox import daemons
+from ray_slurm_provider.sandbox.layout import (
+    MAX_STATE_DIR_LENGTH,
+    SandboxPaths,
+    SandboxSpec,
+    render_gres_conf,
+    render_slurm_conf,
+    virtual_nodes,
+)
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_TOOLS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
+_PACKAGES = "slurmctld slurmd slurm-client munge"
+_STARTUP_TIMEOUT_S = 30.0
+_JOBS_END_TIMEOUT_S = 15.0
+_DAEMON_GRACE_S = 5.0
+# Below the usual ephemeral range (/proc/sys/net/ipv4/ip_local_port_range starts at 32768).
+_PORT_RANGE = (20000, 30000)
+
+
+@dataclass(frozen=True)
+class SandboxStatus:
+    """What of a sandbox is alive.
+
+    Attributes:
+        spec: How large it was made.
+        controller: Whether slurmctld answers.
+        munged: Whether munged runs.
+        nodes: State of each virtual node as sinfo prints it; empty when the controller is away.
+    """
+
+    spec: SandboxSpec
+    controller: bool
+    munged: bool
+    nodes: dict[str, str]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every part works."""
+        usable = {"idle", "mixed", "allocated", "completing"}
+        return (
+            self.controller
+            and self.munged
+            and len(self.nodes) == self.spec.node_count
+            and all(state in usable for state in self.nodes.values())
+        )
+
+
+class Sandbox:
+    """A real SLURM below one directory.
+
+    Args:
+        state_dir: Its directory; `default_state_dir` when None.
+    """
+
+    def __init__(self, state_dir: Path | None = None) -> None:
+        self.paths = SandboxPaths(Path(os.path.abspath(state_dir or default_state_dir())))  # noqa: PTH100 keeps links
+
+    @property
+    def exists(self) -> bool:
+        """Whether something was started here."""
+        return self.paths.record.exists()
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that a shell needs to use this SLURM.
+
+        Raises:
+            SandboxError: There is no sandbox here.
+        """
+        self._require()
+        return {"SLURM_CONF": str(self.paths.slurm_conf)}
+
+    def up(self, spec: SandboxSpec) -> None:
+        """Start it, and return when every node is idle.
+
+        Raises:
+            SandboxError: It cannot be started; whatever was started is gone again.
+        """
+        _check_spec(spec)
+        _check_tools()
+        self._make_root()
+        try:
+            self._start(spec)
+        except BaseException as error:
+            said = self._last_errors()
+            kept = self._keep_logs()
+            self._remove()
+            if isinstance(error, (SandboxError, SlurmError, OSError)):
+                raise SandboxError(f"the sandbox did not start: {error}{said}\n  logs: {kept}") from error
+            raise
+
+    def down(self) -> None:
+        """End every process and remove every file of it; nothing to do is no error."""
+        if self.paths.root.exists() and not self.exists and any(self.paths.root.iterdir()):
+            raise SandboxError(f"{self.paths.root} is not a sandbox; it is left alone")
+        self._remove()
+
+    def status(self) -> SandboxStatus:
+        """Return what is alive.
+
+        Raises:
+            SandboxError: There is no sandbox here.
+        """
+        record = self._require()
+        client = self._client()
+        answers = client.answers()
+        return SandboxStatus(
+            spec=SandboxSpec(**record["spec"]),
+            controller=answers,
+            munged=bool(daemons.daemons_of(self.paths)["munged"]),
+            nodes=self._node_states() if answers else {},
+        )
+
+    def command_environment(self) -> dict[str, str]:
+        """Return the environment for a command that shall use this SLURM."""
+        return {**clean_environment(os.environ), **self.environment()}
+
+    def _require(self) -> dict[str, dict[str, int | str]]:
+        record = read_json_object(self.paths.record)
+        if record is None:
+            raise SandboxError(f"there is no sandbox in {self.paths.root}; start one: ray-slurm sandbox up")
+        return record
+
+    def _make_root(self) -> None:
+        root = self.paths.root
+        if len(str(root)) > MAX_STATE_DIR_LENGTH:
+            raise SandboxError(f"{root} is too long: at most {MAX_STATE_DIR_LENGTH} characters (Unix sockets lie below it)")
+        if any(character.isspace() or character in "#,\\\"'" for character in str(root)):
+            raise SandboxError(f"{root!s}: slurm.conf cannot hold such a path; use one without blanks and quotes")
+        if self.exists:
+            if daemons.processes_of(self.paths):
+                raise SandboxError(f"a sandbox is up in {root}; end it first: ray-slurm sandbox down --state-dir {root}")
+            self._remove()
+        try:
+            root.mkdir(parents=True, mode=0o755)
+        except FileExistsError:
+            if not root.is_dir() or any(root.iterdir()):
+                raise SandboxError(f"{root} exists and is not a sandbox; choose another --state-dir") from None
+        except OSError as error:
+            raise SandboxError(f"{root} cannot be made: {error.strerror}") from error
+
+    def _start(self, spec: SandboxSpec) -> None:
+        paths = self.paths
+        base_port = _free_port_block(spec.node_count + 1)
+        write_json(paths.record, {"spec": spec.as_json(), "port": base_port})
+        # munged refuses directories that others may write to.
+        paths.root.chmod(0o755)
+        for name in ("munge", "log", "run", "ctld", "spool", "dev"):
+            (paths.root / name).mkdir(mode=0o700 if name == "ctld" else 0o755)
+        for index in range(spec.gpus_per_node if spec.gpu_nodes else 0):
+            (paths.root / "dev" / f"nvidia{index}").symlink_to("/dev/null")
+        host, user = socket.gethostname().partition(".")[0], getpass.getuser()
+        paths.slurm_conf.write_text(render_slurm_conf(spec, paths, host, user, base_port))
+        (paths.root / "gres.conf").write_text(render_gres_conf(spec, paths))
+        self._start_munged()
+        self._start_slurm(spec, base_port)
+
+    def _start_munged(self) -> None:
+        directory = self.paths.root / "munge"
+        key = directory / "key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(1024))
+        self._daemon(
+            "munged",
+            f"--socket={self.paths.munge_socket}",
+            f"--key-file={key}",
+            f"--pid-file={directory / 'pid'}",
+            f"--seed-file={directory / 'seed'}",
+            f"--log-file={self.paths.logs / 'munged.log'}",
+            "--num-threads=4",
+            "--group-update-time=-1",
+        )
+
+    def _start_slurm(self, spec: SandboxSpec, base_port: int) -> None:
+        client = self._client()
+        self._daemon("slurmctld", "-i")
+        # slurmctld goes to the background before it can still fail: ask it.
+        if not daemons.wait_until(lambda: client.answers() or not self._runs("slurmctld"), _STARTUP_TIMEOUT_S):
+            raise SandboxError("slurmctld does not answer")
+        if not client.answers():
+            raise SandboxError("slurmctld ended at once")
+        nodes = virtual_nodes(spec, base_port)
+        for node in nodes:
+            (self.paths.root / "spool" / node.name).mkdir()
+            self._daemon("slurmd", "-N", node.name)
+        if not daemons.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
+            raise SandboxError(f"not every node came up: {self._node_states()}")
+
+    def _all_idle(self, count: int) -> Callable[[], bool]:
+        def idle() -> bool:
+            states = self._node_states()
+            return len(states) == count and set(states.values()) == {"idle"}
+
+        return idle
+
+    def _runs(self, daemon: str) -> bool:
+        return bool(daemons.daemons_of(self.paths)[daemon])
+
+    def _daemon(self, name: str, *arguments: str) -> None:
+        with (self.paths.logs / "start.log").open("ab") as log:
+            done = subprocess.run(
+                [_path_of(name), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.paths.root,
+                env=self._daemon_environment(),
+                timeout=_STARTUP_TIMEOUT_S,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise SandboxError(f"{name} ended with exit code {done.returncode}")
+
+    def _daemon_environment(self) -> dict[str, str]:
+        return {**clean_environment(os.environ), "SLURM_CONF": str(self.paths.slurm_conf), "PATH": _search_path()}
+
+    def _client(self) -> SlurmClient:
+        return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment()))
+
+    def _node_states(self) -> dict[str, str]:
+        tools = self._client().tools
+        try:
+            lines = tools.run(["sinfo", "--noheader", "--Node", "--format", "%N %T"]).stdout.split("\n")
+        except SlurmError:
+            return {}
+        return dict(line.split()[:2] for line in lines if len(line.split()) >= 2)  # type: ignore[misc]
+
+    def _last_errors(self) -> str:
+        """The last complaints of the daemons, for a start that failed."""
+        lines = [
+            f"\n    {file.name}: {line.strip()}"
+            for file in sorted(self.paths.logs.glob("*.log"))
+            for line in file.read_text(errors="replace").splitlines()
+            if any(word in line.lower() for word in ("error", "fatal")) and "pmi" not in line.lower()
+        ]
+        return "".join(lines[-5:])
+
+    def _keep_logs(self) -> Path:
+        """Move the logs beside the directory that is about to be removed."""
+        kept = self.paths.root.with_name(self.paths.root.name + ".failed-logs")
+        shutil.rmtree(kept, ignore_errors=True)
+        if self.paths.logs.is_dir():
+            shutil.copytree(self.paths.logs, kept)
+        return kept
+
+    def _remove(self) -> None:
+        self._end_jobs()
+        for wave in (("slurmd",), ("slurmctld",)):
+            daemons.end([p for p in daemons.processes_of(self.paths) if p.name in wave], _DAEMON_GRACE_S)
+        # What outlived its job, the slurmstepds among it, and last of all munged.
+        daemons.end([p for p in daemons.processes_of(self.paths) if p.name != "munged"], _DAEMON_GRACE_S)
+        daemons.end(daemons.processes_of(self.paths), _DAEMON_GRACE_S)
+        remove_temp_dirs(slurm_conf=str(self.paths.slurm_conf))
+        shutil.rmtree(self.paths.root, ignore_errors=True)
+
+    def _end_jobs(self) -> None:
+        if not (self.paths.slurm_conf.exists() and self._runs("slurmctld") and self._runs("munged")):
+            return
+        tools = self._client().tools
+
+        def gone() -> bool:
+            return not tools.run(["squeue", "--noheader", "--format", "%i"]).stdout.strip()
+
+        try:
+            jobs = tools.run(["squeue", "--noheader", "--format", "%i"]).stdout.split()
+            if jobs:
+                tools.run(["scancel", "--quiet", *jobs])
+                daemons.wait_until(gone, _JOBS_END_TIMEOUT_S, poll_s=0.1)
+        except SlurmError as error:
+            logger.warning("the sandbox's jobs could not be cancelled, their processes are ended one by one: %s", error)
+
+
+def default_state_dir() -> Path:
+    """Return where this user's sandbox lives when nobody says otherwise."""
+    return Path(f"/tmp/ray-slurm-sandbox-{os.getuid()}")  # noqa: S108 short for the sockets, private by its owner
+
+
+def _check_spec(spec: SandboxSpec) -> None:
+    for name, least in (("nodes", 0), ("gpu_nodes", 0), ("gpus_per_node", 0), ("cpus", 1), ("memory_mib", 1)):
+        if getattr(spec, name) < least:
+            raise SandboxError(f"--{name.replace('_', '-')} must be at least {least}")
+    if spec.node_count < 1:
+        raise SandboxError("a sandbox needs at least one node")
+
+
+def _check_tools() -> None:
+    missing = [name for name in _TOOLS if shutil.which(name, path=_search_path()) is None]
+    if missing:
+        raise SandboxError(f"{', '.join(missing)} not found: apt-get install {_PACKAGES}")
+
+
+def _search_path() -> str:
+    # The daemons live where an ordinary user's PATH does not look.
+    return os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def _path_of(name: str) -> str:
+    return shutil.which(name, path=_search_path()) or name
+
+
+def _free_port_block(count: int) -> int:
+    for _ in range(200):
+        base = random.randrange(_PORT_RANGE[0], _PORT_RANGE[1] - count)  # noqa: S311 no secret
+        with ExitStack() as stack:
+            try:
+                for port in range(base, base + count):
+                    stack.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+            return base
+    raise SandboxError(f"no {count} free ports in a row between {_PORT_RANGE[0]} and {_PORT_RANGE[1]}")

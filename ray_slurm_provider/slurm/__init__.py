@@ -1,0 +1,1 @@
+"""SLURM as typed questions and answers. Imports the standard library only."""

@@ -1,0 +1,150 @@
+"""SLURM as a client whose methods are questions."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.errors import SlurmError, SlurmParseError, SlurmUnavailable, SubmitRejected
+from ray_slurm_provider.slurm import parse
+from ray_slurm_provider.slurm.process import SlurmTools
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from ray_slurm_provider.slurm.types import Job, JobEnd
+
+# sbatch's own words, and the category we give them; the first that fits wins.
+_REJECTIONS = (
+    ("Invalid partition name", "partition"),
+    ("invalid partition specified", "partition"),
+    ("time limit is invalid", "time-limit"),
+    ("Invalid --time", "time-limit"),
+    ("Invalid account", "account"),
+    ("Invalid qos", "qos"),
+    ("Invalid generic resource", "gres"),
+    ("Invalid feature", "constraint"),
+    ("Invalid node name", "node-name"),
+    ("reservation is invalid", "reservation"),
+    ("Memory specification", "memory"),
+    ("Invalid --mem", "memory"),
+    ("More processors requested", "cpus"),
+    ("node configuration is not available", "no-such-node"),
+    ("Node count specification invalid", "node-count"),
+    ("Job violates accounting/QOS policy", "limit"),
+    ("AssocMaxSubmitJobLimit", "limit"),
+    ("QOSMaxSubmitJob", "limit"),
+    ("Access/permission denied", "permission"),
+    ("unrecognized option", "option"),
+)
+_UNKNOWN_JOB = "Invalid job id specified"
+# An argument list may hold about 2 MB; ids are short, but a cluster may be large.
+_CANCEL_BATCH = 1000
+
+
+class SlurmClient:
+    """Asks SLURM, through its command line tools.
+
+    Every method raises `SlurmUnavailable` when nobody answered: then nothing is known.
+
+    Args:
+        tools: Where the tools are and how long they may take.
+    """
+
+    def __init__(self, tools: SlurmTools | None = None) -> None:
+        self.tools = tools or SlurmTools()
+
+    def jobs(self) -> list[Job]:
+        """Return this user's jobs, also the ended ones that the controller remembers (MinJobAge)."""
+        argv = squeue_argv()
+        done = self.tools.run(argv)
+        try:
+            return parse.parse_squeue(done.stdout)
+        except ValueError as error:
+            raise SlurmParseError(argv, 0, done.stdout, f"{error}; squeue printed {done.stdout[:200]!r}") from error
+
+    def submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
+        """Submit a batch script and return the job's id.
+
+        Args:
+            script: The text, with its ``#SBATCH`` lines.
+            environ: The environment that the job starts with; ours by default.
+
+        Raises:
+            SubmitRejected: SLURM says no.
+            SlurmUnavailable: No answer. The job may exist all the same: look for it before trying again.
+        """
+        argv = ["sbatch", "--parsable"]
+        try:
+            done = self.tools.run(argv, stdin=script, environ=environ)
+        except SlurmUnavailable:
+            raise
+        except SlurmError as error:
+            if error.returncode is None:
+                raise
+            raise SubmitRejected(
+                argv, error.returncode, error.stdout, error.stderr, rejection_category(error.stderr)
+            ) from error
+        try:
+            return parse.parse_submitted(done.stdout)
+        except ValueError as error:
+            raise SlurmParseError(argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        """End jobs; one that has ended already, or that nobody knows, is no error."""
+        ids = list(job_ids)
+        for start in range(0, len(ids), _CANCEL_BATCH):
+            self.tools.run(["scancel", "--quiet", *ids[start : start + _CANCEL_BATCH]])
+
+    def job_end(self, job_id: str) -> JobEnd | None:
+        """Return how a job stands by ``scontrol show job``, None when the controller does not know it."""
+        text = self._show("job", job_id)
+        if text is None:
+            return None
+        try:
+            return parse.parse_job_end(text)
+        except ValueError as error:
+            raise SlurmParseError(["scontrol", "show", "job"], 0, text, str(error)) from error
+
+    def knows(self, job_id: str) -> bool:
+        """Tell whether the controller still knows this job: the second question before a job counts as gone."""
+        return self._show("job", job_id) is not None
+
+    def job_facts(self, job_id: str) -> dict[str, str]:
+        """Return the pairs of ``scontrol show job``; empty when the controller does not know it."""
+        return parse.parse_show(self._show("job", job_id) or "")
+
+    def node_address(self, node: str) -> str:
+        """Return the NodeAddr of a SLURM node, "" when there is none."""
+        return parse.parse_show(self._show("node", node) or "").get("NodeAddr", "")
+
+    def _show(self, what: str, name: str) -> str | None:
+        try:
+            return self.tools.run(["scontrol", "show", what, "-o", name]).stdout
+        except SlurmUnavailable:
+            raise
+        except SlurmError as error:
+            if _UNKNOWN_JOB in error.stderr or "not found" in error.stdout + error.stderr:
+                return None
+            raise
+
+    def answers(self) -> bool:
+        """Tell whether the controller answers (``scontrol ping``)."""
+        try:
+            return bool(re.search(r"\bis UP\b", self.tools.run(["scontrol", "ping"]).stdout))
+        except SlurmError:
+            return False
+
+
+def squeue_argv() -> list[str]:
+    """Return the one listing question: all of this user's jobs, ended ones too, array elements one by one.
+
+    The user is named by number: a user name may be cut or unknown to the controller's host.
+    """
+    return ["squeue", "--user", str(os.getuid()), "--states", "all", "--array", "--format", parse.SQUEUE_FORMAT]
+
+
+def rejection_category(stderr: str) -> str:
+    """Return a short word for why sbatch was refused."""
+    return next((category for words, category in _REJECTIONS if words.lower() in stderr.lower()), "refused")

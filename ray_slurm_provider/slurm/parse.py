@@ -1,0 +1,187 @@
+"""Text in, types back: what the SLURM tools print and what sbatch options mean. Pure functions."""
+
+from __future__ import annotations
+
+import re
+
+from ray_slurm_provider.slurm.types import Job, JobEnd, JobState
+
+SEPARATOR = "\x1f"
+
+# Free text stands last: a newline or a separator inside it cannot move another field.
+SQUEUE_FIELDS = ("%i", "%T", "%r", "%P", "%N", "%L", "%S", "%j", "%k")
+SQUEUE_FORMAT = SEPARATOR.join(SQUEUE_FIELDS)
+# The first word of squeue's header: the header proves that squeue itself answered.
+_HEADER_START = "JOBID" + SEPARATOR + "STATE" + SEPARATOR
+
+_JOB_ID = re.compile(r"\d+(_\d+)?(\+\d+)?$")
+_ANY_JOB_ID = re.compile(r"\d+(_(\d+|\[.*\]))?(\+\d+)?$")
+_PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
+_NOTHING = frozenset({"", "None", "N/A", "(null)", "INVALID", "NOT_SET", "Unknown"})
+_MIB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
+
+
+def parse_squeue(text: str) -> list[Job]:
+    """Read the output of ``squeue`` in our format.
+
+    A job name or comment may hold a newline, so a line that is no row of ours is the rest of somebody's
+    free text and is skipped.
+
+    Args:
+        text: The output, header first.
+
+    Raises:
+        ValueError: This is not a complete answer of squeue: no header, or a last line cut short.
+    """
+    if not text.endswith("\n"):
+        raise ValueError("the last line is not complete")
+    lines = text.split("\n")
+    # A banner may stand before the header.
+    header = next((i for i, line in enumerate(lines) if line.startswith(_HEADER_START)), None)
+    if header is None:
+        raise ValueError("there is no header line")
+    return [job for job in map(_parse_row, lines[header + 1 :]) if job is not None]
+
+
+def _parse_row(line: str) -> Job | None:
+    fields = line.split(SEPARATOR, len(SQUEUE_FIELDS) - 1)
+    if len(fields) != len(SQUEUE_FIELDS) or not _ANY_JOB_ID.match(fields[0]):
+        return None
+    job_id, state, reason, partition, nodes, left, start, name, comment = fields
+    return Job(
+        job_id=job_id,
+        state=JobState.of(state),
+        reason=_known(reason),
+        partition=partition,
+        nodes=_known(nodes),
+        time_left=_known(left),
+        start=_known(start),
+        name=name,
+        comment="" if comment == "(null)" else comment,
+    )
+
+
+def _known(word: str) -> str:
+    return "" if word.strip() in _NOTHING else word.strip()
+
+
+def parse_submitted(text: str) -> str:
+    """Return the job id from ``sbatch --parsable``; sites print banners before it.
+
+    Raises:
+        ValueError: No line is a job id.
+    """
+    for line in reversed(text.splitlines()):
+        match = _PARSABLE_ID.match(line.strip())
+        if match:
+            return match.group(1)
+    raise ValueError("no line holds a job id")
+
+
+def parse_show(text: str) -> dict[str, str]:
+    """Return the ``Key=Value`` pairs of ``scontrol show -o``; a value ends before the next key."""
+    pairs = re.findall(r"(?:^|\s)([A-Z][A-Za-z0-9:/_]*)=(.*?)(?=\s[A-Z][A-Za-z0-9:/_]*=|\s*$)", text.strip(), re.DOTALL)
+    result: dict[str, str] = {}
+    for key, value in pairs:
+        result.setdefault(key, value)
+    return result
+
+
+def parse_job_end(text: str) -> JobEnd:
+    """Read the end of a job from ``scontrol show job -o``.
+
+    Raises:
+        ValueError: There is no JobState in it.
+    """
+    pairs = parse_show(text)
+    if "JobState" not in pairs:
+        raise ValueError("there is no JobState")
+    code, _, signal = pairs.get("ExitCode", "0:0").partition(":")
+    return JobEnd(
+        state=pairs["JobState"],
+        reason=_known(pairs.get("Reason", "")),
+        exit_code=int(code) if code.isdigit() else 0,
+        signal=int(signal) if signal.isdigit() else 0,
+    )
+
+
+def is_job_id(word: str) -> bool:
+    """Tell whether this can be the id of one job."""
+    return bool(_JOB_ID.match(word))
+
+
+def parse_mem_mib(text: str | int) -> int:
+    """Return MiB of an sbatch memory size (``4G``, ``512M``, ``2048``; the default unit is M, sbatch(1) --mem).
+
+    Raises:
+        ValueError: It is not a memory size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", str(text).strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a memory size")
+    return int(float(match.group(1)) * _MIB_PER_UNIT[match.group(2).upper() or "M"])
+
+
+def parse_time_s(text: str) -> int | None:
+    """Return the seconds of an sbatch time limit, None for no limit.
+
+    The forms of sbatch(1) --time: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``,
+    ``days-hours``, ``days-hours:minutes``, ``days-hours:minutes:seconds``.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    text = text.strip()
+    if text.upper() in {"UNLIMITED", "INFINITE"}:
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a time limit")
+    days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    if days is not None:
+        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    if third is not None:
+        return ((first or 0) * 60 + (second or 0)) * 60 + third
+    return (first or 0) * 60 + (second or 0)
+
+
+def parse_gpus(text: str | int) -> tuple[int, str]:
+    """Return count and type of a GPU request: ``2``, ``a100``, ``a100:2``, ``a100:1,v100:1``.
+
+    Args:
+        text: The value of --gpus, --gpus-per-node or --gpus-per-task.
+
+    Returns:
+        The number of GPUs, and their type or "" when it is not given or differs.
+
+    Raises:
+        ValueError: It is no GPU request.
+    """
+    count, types = 0, set()
+    for part in str(text).split(","):
+        name, _, number = part.strip().rpartition(":")
+        if not number.isdigit():
+            name, number = part.strip(), "1"
+        if not re.fullmatch(r"[\w.+-]*", name):
+            raise ValueError(f"{text!r} is not a GPU request")
+        count += int(number)
+        types.add(name)
+    return count, types.pop() if len(types) == 1 else ""
+
+
+def parse_gres(text: str) -> dict[str, tuple[int, str]]:
+    """Return what a --gres value asks for: ``gpu:a100:4,shard:2`` is ``{"gpu": (4, "a100"), "shard": (2, "")}``.
+
+    Raises:
+        ValueError: It is not a gres list.
+    """
+    result: dict[str, tuple[int, str]] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:gres[:/])?([A-Za-z_]\w*)(?:[:/](?!\d+[KMGT]?$)([\w.+-]+))?(?:[:=](\d+)([KMGT]?))?", part.strip())
+        if not match:
+            raise ValueError(f"{part.strip()!r} is not name[:type]:count")
+        name, kind, number, unit = match.groups()
+        factor = 1024 ** ("KMGT".index(unit) + 1) if unit else 1
+        total, previous = result.get(name, (0, kind or ""))
+        result[name] = (total + int(number or 1) * factor, previous if previous == (kind or "") else "")
+    return result

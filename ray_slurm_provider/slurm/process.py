@@ -1,0 +1,158 @@
+"""The one door to the SLURM tools: runs an argument list, never a shell string."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.errors import SlurmError, SlurmNotFound, SlurmUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT_S = 60.0
+
+# SBATCH_* silently beats the #SBATCH lines, SQUEUE_* changes what squeue prints, and the
+# SLURM_* of a job that submits another leaks limits into it (sbatch(1), INPUT ENVIRONMENT VARIABLES).
+_SCRUBBED_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SQUEUE_", "SCANCEL_", "SALLOC_", "SLURMD_", "SINFO_")
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
+
+# Stands in stderr when the answer is "could not ask" and not "no".
+_UNAVAILABLE_SIGNS = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Connection refused",
+    "connect failure",
+    "Protocol authentication error",
+    "authentication error",
+    "Munge encode failed",
+    "Transport endpoint is not connected",
+    "Zero Bytes were transmitted or received",
+    "Slurm backup controller in standby mode",
+    "Resource temporarily unavailable",
+    "Slurm temporarily unable to accept job",
+)
+
+_CLIENT_PACKAGES = "slurm-client"
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A tool that ended with exit code 0.
+
+    Attributes:
+        argv: The command line.
+        stdout: What it printed.
+        stderr: What it complained about.
+    """
+
+    argv: tuple[str, ...]
+    stdout: str
+    stderr: str
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what would change the meaning of a SLURM command."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _KEPT or not name.startswith(_SCRUBBED_PREFIXES)
+    }
+
+
+@dataclass(frozen=True)
+class SlurmTools:
+    """Where the tools are, and how long each may take.
+
+    Attributes:
+        bin_dir: Directory of the tools; empty means PATH.
+        timeout_s: Seconds after which a tool that has not answered is ended.
+        environ: The environment to run in; it is scrubbed before use.
+    """
+
+    bin_dir: str = ""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+
+    def run(self, argv: Sequence[str], *, stdin: str = "", environ: Mapping[str, str] | None = None) -> Completed:
+        """Run one tool and wait for it.
+
+        Args:
+            argv: Tool name and its arguments.
+            stdin: Text for its standard input.
+            environ: Environment in place of the usual one; scrubbed like it.
+
+        Returns:
+            What it printed, when it ended with exit code 0.
+
+        Raises:
+            SlurmNotFound: The tool or the file that SLURM_CONF names does not exist.
+            SlurmUnavailable: It gave no answer in time, or says that it could reach nobody.
+            SlurmError: It failed for another reason.
+        """
+        env = clean_environment(self.environ if environ is None else environ)
+        command = (self.path_of(argv[0]), *argv[1:])
+        _require_configuration(command, env)
+        started = time.monotonic()
+        try:
+            done = subprocess.run(
+                command,
+                input=stdin,
+                capture_output=True,
+                text=True,
+                errors="surrogateescape",
+                timeout=self.timeout_s,
+                env=env,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise SlurmUnavailable(
+                argv, None, _text(error.stdout), f"no answer in {self.timeout_s:g} s"
+            ) from error
+        except OSError as error:
+            raise SlurmNotFound(argv, None, "", str(error)) from error
+        logger.debug("%s took %.3f s, exit code %d", argv, time.monotonic() - started, done.returncode)
+        if done.returncode != 0:
+            raise _failure(argv, done)
+        return Completed(tuple(argv), done.stdout, done.stderr)
+
+    def path_of(self, tool: str) -> str:
+        """Return the path of a tool.
+
+        Raises:
+            SlurmNotFound: It is not there.
+        """
+        candidate = str(Path(self.bin_dir) / tool) if self.bin_dir else tool
+        found = shutil.which(candidate, path=self.environ.get("PATH"))
+        if found is None:
+            where = f"in {self.bin_dir}" if self.bin_dir else "on PATH"
+            advice = f"Debian and Ubuntu have it in the package {_CLIENT_PACKAGES}; elsewhere set slurm_bin."
+            raise SlurmNotFound([tool], None, "", f"{tool} is not {where}", advice)
+        return found
+
+
+def _require_configuration(argv: Sequence[str], env: Mapping[str, str]) -> None:
+    # With a SLURM_CONF that does not exist every tool retries for 59 s (measured, 22.05).
+    conf = env.get("SLURM_CONF")
+    if conf and not Path(conf).exists():
+        raise SlurmNotFound(argv, None, "", f"SLURM_CONF names {conf}, which does not exist")
+
+
+def _failure(argv: Sequence[str], done: subprocess.CompletedProcess[str]) -> SlurmError:
+    unavailable = any(sign in done.stderr for sign in _UNAVAILABLE_SIGNS)
+    kind = SlurmUnavailable if unavailable else SlurmError
+    return kind(argv, done.returncode, done.stdout, done.stderr)
+
+
+def _text(output: str | bytes | None) -> str:
+    if isinstance(output, bytes):
+        return output.decode(errors="replace")
+    return output or ""

@@ -1,0 +1,131 @@
+"""SLURM's jobs as plain types, and what their states mean to us."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+
+logger = logging.getLogger(__name__)
+
+
+class Meaning(Enum):
+    """What a job state means for a Ray node."""
+
+    QUEUED = "queued"  # it will run; nothing runs yet
+    RUNNING = "running"  # it has its allocation
+    ENDED = "ended"  # it will never run again under this id
+
+
+class JobState(Enum):
+    """Every base state of squeue(1), JOB STATE CODES, with its meaning.
+
+    COMPLETING counts as ended: its processes are being killed, and Ray would wait for it for ever.
+    A state that is not listed here counts as alive (`UNKNOWN`): unknown is not gone.
+    """
+
+    PENDING = ("PENDING", Meaning.QUEUED)
+    REQUEUED = ("REQUEUED", Meaning.QUEUED)
+    REQUEUE_FED = ("REQUEUE_FED", Meaning.QUEUED)
+    REQUEUE_HOLD = ("REQUEUE_HOLD", Meaning.QUEUED)
+    RESV_DEL_HOLD = ("RESV_DEL_HOLD", Meaning.QUEUED)
+    SPECIAL_EXIT = ("SPECIAL_EXIT", Meaning.QUEUED)
+    CONFIGURING = ("CONFIGURING", Meaning.QUEUED)
+    RUNNING = ("RUNNING", Meaning.RUNNING)
+    RESIZING = ("RESIZING", Meaning.RUNNING)
+    SIGNALING = ("SIGNALING", Meaning.RUNNING)
+    STAGE_OUT = ("STAGE_OUT", Meaning.RUNNING)
+    STOPPED = ("STOPPED", Meaning.RUNNING)
+    SUSPENDED = ("SUSPENDED", Meaning.RUNNING)
+    UNKNOWN = ("UNKNOWN", Meaning.RUNNING)
+    COMPLETING = ("COMPLETING", Meaning.ENDED)
+    BOOT_FAIL = ("BOOT_FAIL", Meaning.ENDED)
+    CANCELLED = ("CANCELLED", Meaning.ENDED)
+    COMPLETED = ("COMPLETED", Meaning.ENDED)
+    DEADLINE = ("DEADLINE", Meaning.ENDED)
+    FAILED = ("FAILED", Meaning.ENDED)
+    NODE_FAIL = ("NODE_FAIL", Meaning.ENDED)
+    OUT_OF_MEMORY = ("OUT_OF_MEMORY", Meaning.ENDED)
+    PREEMPTED = ("PREEMPTED", Meaning.ENDED)
+    REVOKED = ("REVOKED", Meaning.ENDED)
+    TIMEOUT = ("TIMEOUT", Meaning.ENDED)
+
+    def __init__(self, label: str, meaning: Meaning) -> None:
+        self.label = label
+        self.meaning = meaning
+
+    @classmethod
+    def of(cls, word: str) -> JobState:
+        """Return the state that squeue's ``%T`` names; `UNKNOWN` for a word that we never heard of."""
+        state = _BY_LABEL.get(word)
+        if state is None:
+            if word not in _warned_about:
+                _warned_about.add(word)
+                logger.warning("squeue names the job state %r, which is new to us; such jobs count as alive", word)
+            return cls.UNKNOWN
+        return state
+
+
+_BY_LABEL = {state.label: state for state in JobState}
+_warned_about: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of squeue.
+
+    Attributes:
+        job_id: ``1234``, or ``1234_5`` for an element of an array.
+        state: What SLURM says about it.
+        reason: SLURM's reason for waiting or for the end, as it prints it; "" for none.
+        partition: Where it was submitted to.
+        nodes: Its SLURM nodes as a host list; "" while it waits.
+        time_left: As squeue prints it; "" when unknown.
+        start: Start, or its estimate while the job waits, as squeue prints it; "" when unknown.
+        name: The job's name.
+        comment: The job's comment.
+    """
+
+    job_id: str
+    state: JobState
+    reason: str = ""
+    partition: str = ""
+    nodes: str = ""
+    time_left: str = ""
+    start: str = ""
+    name: str = ""
+    comment: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state.meaning is not Meaning.ENDED
+
+    @property
+    def queued(self) -> bool:
+        """Whether it still waits for its allocation."""
+        return self.state.meaning is Meaning.QUEUED
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended, from ``scontrol show job``.
+
+    Attributes:
+        state: The state word: ``FAILED``, ``TIMEOUT``.
+        reason: SLURM's reason; "" for none.
+        exit_code: The script's exit code.
+        signal: The signal that ended it, 0 for none.
+    """
+
+    state: str
+    reason: str
+    exit_code: int
+    signal: int
+
+    def __str__(self) -> str:
+        parts = [self.state]
+        if self.reason:
+            parts.append(f"reason {self.reason}")
+        parts.append(f"signal {self.signal}" if self.signal else f"exit code {self.exit_code}")
+        return ", ".join(parts)
