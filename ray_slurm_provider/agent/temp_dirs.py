@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ray_slurm_provider import procfs
 from ray_slurm_provider.files import read_json_object, write_json
 
 _PREFIX = "rsp-"
@@ -85,8 +86,5 @@ def _owner_lives(owner: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+    process = procfs.find(pid)
+    return process.start if process else ""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.temp_dirs import remove_temp_dirs
 from ray_slurm_provider.errors import SandboxError, SlurmError
 from ray_slurm_provider.files import read_json_object, write_json
@@ -201,7 +202,7 @@ class Sandbox:
         client = self._client()
         self._daemon("slurmctld", "-i")
         # slurmctld goes to the background before it can still fail: ask it.
-        if not daemons.wait_until(lambda: client.answers() or not self._runs("slurmctld"), _STARTUP_TIMEOUT_S):
+        if not procfs.wait_until(lambda: client.answers() or not self._runs("slurmctld"), _STARTUP_TIMEOUT_S):
             raise SandboxError("slurmctld does not answer")
         if not client.answers():
             raise SandboxError("slurmctld ended at once")
@@ -209,7 +210,7 @@ class Sandbox:
         for node in nodes:
             (self.paths.root / "spool" / node.name).mkdir()
             self._daemon("slurmd", "-N", node.name)
-        if not daemons.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
+        if not procfs.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
             raise SandboxError(f"not every node came up: {self._node_states()}")
 
     def _all_idle(self, count: int) -> Callable[[], bool]:
@@ -272,10 +273,10 @@ class Sandbox:
     def _remove(self) -> None:
         self._end_jobs()
         for wave in (("slurmd",), ("slurmctld",)):
-            daemons.end([p for p in daemons.processes_of(self.paths) if p.name in wave], _DAEMON_GRACE_S)
+            procfs.end([p for p in daemons.processes_of(self.paths) if p.name in wave], _DAEMON_GRACE_S)
         # What outlived its job, the slurmstepds among it, and last of all munged.
-        daemons.end([p for p in daemons.processes_of(self.paths) if p.name != "munged"], _DAEMON_GRACE_S)
-        daemons.end(daemons.processes_of(self.paths), _DAEMON_GRACE_S)
+        procfs.end([p for p in daemons.processes_of(self.paths) if p.name != "munged"], _DAEMON_GRACE_S)
+        procfs.end(daemons.processes_of(self.paths), _DAEMON_GRACE_S)
         remove_temp_dirs(slurm_conf=str(self.paths.slurm_conf))
         shutil.rmtree(self.paths.root, ignore_errors=True)
 
@@ -291,7 +292,7 @@ class Sandbox:
             jobs = tools.run(["squeue", "--noheader", "--format", "%i"]).stdout.split()
             if jobs:
                 tools.run(["scancel", "--quiet", *jobs])
-                daemons.wait_until(gone, _JOBS_END_TIMEOUT_S, poll_s=0.1)
+                procfs.wait_until(gone, _JOBS_END_TIMEOUT_S, poll_s=0.1)
         except SlurmError as error:
             logger.warning("the sandbox's jobs could not be cancelled, their processes are ended one by one: %s", error)
 

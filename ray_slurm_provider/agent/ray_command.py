@@ -1,0 +1,115 @@
+"""The ``ray start`` of a node: argument list and environment, as pure functions.
+
+Flags and variables are those of ray/scripts/scripts.py and ray/autoscaler/v2/instance_manager/config.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ray_slurm_provider.agent.spec import AgentSpec
+
+# The line that `ray start` prints when the node has joined (ray/scripts/scripts.py, startup_msg).
+STARTED_MARK = b"Ray runtime started."
+# A queued job keeps its place for days. An integer: Ray takes nothing else here and silently falls back to an hour.
+_ONE_YEAR_S = "31536000"
+# How many jobs Ray asks for in one round; its own default of 5 would make a large cluster start slowly.
+_LAUNCH_BATCH = "100"
+GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
+HEAD_PORTS = ("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics")
+# `ray start` drains until a little before the end, so that its processes still end in order.
+_DRAIN_MARGIN_S = 10
+
+
+def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_dir: str) -> list[str]:
+    """Return the argument list of ``ray start``."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+    if spec.is_head:
+        command += [
+            "--head",
+            f"--port={ports['gcs']}",
+            f"--ray-client-server-port={ports['client']}",
+            f"--dashboard-port={ports['dashboard']}",
+            # Without a token only this host may see the dashboard: it runs code for whoever asks.
+            f"--dashboard-host={address if spec.token_auth else '127.0.0.1'}",
+            f"--autoscaling-config={spec.directory / 'ray_bootstrap_config.yaml'}",
+        ]
+    else:
+        command.append(f"--address={spec.gcs_address}")
+    return [
+        *command,
+        f"--node-ip-address={address}",
+        f"--temp-dir={temp_dir}",
+        # 0 lets the kernel choose: nodes that share a host would meet on Ray's fixed defaults.
+        "--dashboard-agent-listen-port=0",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+        *spec.ray_start_args,
+    ]
+
+
+def start_environment(
+    spec: AgentSpec, resources: Mapping[str, int], gcs_address: str, ports: Mapping[str, int], go: Mapping[str, object]
+) -> dict[str, str]:
+    """Return the variables that ``ray start`` gets in addition to the job's own."""
+    result = {
+        **access_environment(spec),
+        "RAY_OVERRIDE_RESOURCES": json.dumps(dict(resources), sort_keys=True),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(0 if spec.is_head else max(spec.drain_s - _DRAIN_MARGIN_S, 0)),
+    }
+    if spec.labels:
+        result["RAY_OVERRIDE_LABELS"] = json.dumps(spec.labels, sort_keys=True)
+    if not spec.is_head:
+        return result
+    return {
+        **result,
+        # The autoscaler tells it to the workers that it submits.
+        GCS_ADDRESS_VARIABLE: gcs_address,
+        "RAY_enable_autoscaler_v2": "1" if go.get("autoscaler_v2", True) else "0",
+        "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
+        "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,
+        "RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S": str(spec.withdraw_after_s),
+        "AUTOSCALER_UPDATE_INTERVAL_S": str(spec.update_interval_s),
+        "AUTOSCALER_MAX_LAUNCH_BATCH": _LAUNCH_BATCH,
+        "AUTOSCALER_MAX_CONCURRENT_LAUNCHES": _LAUNCH_BATCH,
+        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
+        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
+    }
+
+
+def access_environment(spec: AgentSpec) -> dict[str, str]:
+    """Return the variables that make a process of Ray know the cluster's token.
+
+    The mode is always set: with it unset, Ray's behaviour depends on files in the user's home.
+    """
+    if not spec.token_auth:
+        return {"RAY_AUTH_MODE": "disabled"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(spec.directory / "auth_token")}
+
+
+def promised_resources(spec: AgentSpec, allocated: Mapping[str, int]) -> dict[str, int]:
+    """Return what this node tells Ray to have: the allocation, and what a person wrote.
+
+    Raises:
+        ValueError: A person wrote more than the allocation has.
+    """
+    for name in ("CPU", "GPU"):
+        if name in spec.written and spec.resources.get(name, 0) > allocated.get(name, 0):
+            raise ValueError(
+                f"resources.{name} of the YAML is {spec.resources[name]}, but the job has {allocated.get(name, 0)}"
+            )
+    kept = {name: value for name, value in spec.resources.items() if name in spec.written or name not in allocated}
+    if "GPU" in kept and "GPU" not in spec.written and "GPU" not in allocated:
+        raise ValueError(f"the job should have {kept['GPU']} GPUs and has none")
+    result = {**allocated, **kept}
+    total = allocated.get("memory", 0) + allocated.get("object_store_memory", 0)
+    for name, other in (("memory", "object_store_memory"), ("object_store_memory", "memory")):
+        if name in spec.written and other not in spec.written:
+            # What a person wrote stays, and both together stay within the allocation.
+            result[other] = min(spec.resources.get(other, allocated[other]), max(total - spec.resources[name], 0))
+    return result

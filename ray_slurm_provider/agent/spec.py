@@ -1,0 +1,78 @@
+"""What the node agent is told by the batch script."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AgentSpec:
+    """One Ray node, from the agent's side.
+
+    Attributes:
+        cluster: The cluster's name.
+        home: Fingerprint of the cluster's directory, as in the birth certificate.
+        cluster_dir: The cluster's directory.
+        head: Node id of the head that this worker belongs to; "" for a head.
+        gcs_address: Where that head listens; "" for a head.
+        resources: The Ray resources that the autoscaler counts on.
+        written: Names of those that a person wrote into the YAML: these are kept.
+        labels: Ray labels.
+        ray_start_args: Further arguments for ``ray start``.
+        interface: Network interface to use; "" for the usual one.
+        temp_dir: Where Ray's temporary directory is made.
+        token_auth: Whether Ray asks for the cluster's token.
+        update_interval_s: Period of the autoscaler, seconds.
+        withdraw_after_s: When a queued job that nobody needs is cancelled, seconds.
+        drain_s: Time to move work away before the time limit, seconds.
+        slurm_bin: Directory of the SLURM tools; "" for PATH.
+        command_timeout_s: How long a SLURM tool may take, seconds.
+    """
+
+    cluster: str
+    home: str
+    cluster_dir: str
+    head: str = ""
+    gcs_address: str = ""
+    resources: dict[str, int] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+    labels: dict[str, str] = field(default_factory=dict)
+    ray_start_args: list[str] = field(default_factory=list)
+    interface: str = ""
+    temp_dir: str = ""
+    token_auth: bool = True
+    update_interval_s: int = 5
+    withdraw_after_s: int = 300
+    drain_s: int = 60
+    slurm_bin: str = ""
+    command_timeout_s: int = 60
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this node is the head."""
+        return not self.head
+
+    @property
+    def directory(self) -> Path:
+        """The cluster's directory."""
+        return Path(self.cluster_dir)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for the batch script."""
+        return asdict(self)
+
+
+def read_spec(text: str) -> AgentSpec:
+    """Return the spec that the batch script hands over.
+
+    Raises:
+        ValueError: It is from another version of this package.
+    """
+    value = json.loads(text)
+    unknown = set(value) - {known.name for known in fields(AgentSpec)}
+    if unknown:
+        raise ValueError(f"the job was submitted by another version of ray-slurm-provider: {sorted(unknown)}")
+    return AgentSpec(**value)

@@ -1,0 +1,94 @@
+"""What every place where Ray nodes run can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ray_slurm_provider.config import NodeConfig, SlurmSettings
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a backend sees of one node of the cluster.
+
+    Attributes:
+        node_id: The Ray node's id.
+        head: Node id of the head that it works for; "" for a head.
+        birth_tags: Ray's tags when it was created.
+        alive: Whether it waits or runs.
+        queued: Whether it still waits.
+        state: The backend's own word for its state.
+        reason: Why it is so; may be "".
+        place: Where it runs; "" while it waits.
+        start: When it started or may start; may be "".
+        time_left: What is left of its time limit; may be "".
+    """
+
+    node_id: str
+    head: str
+    birth_tags: Mapping[str, str] = field(default_factory=dict)
+    alive: bool = True
+    queued: bool = False
+    state: str = ""
+    reason: str = ""
+    place: str = ""
+    start: str = ""
+    time_left: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A node to be created.
+
+    Attributes:
+        cluster: The cluster's name.
+        home: Fingerprint of the cluster's directory.
+        cluster_dir: The cluster's directory.
+        settings: The cluster's settings.
+        node_type: The Ray node type.
+        config: Its resolved configuration.
+        tags: Ray's tags.
+        head: Node id of the head that it works for; "" for a head.
+        gcs_address: Where that head listens; "" for a head.
+        environ: The environment that the node starts with.
+    """
+
+    cluster: str
+    home: str
+    cluster_dir: Path
+    settings: SlurmSettings
+    node_type: str
+    config: NodeConfig
+    tags: Mapping[str, str]
+    head: str = ""
+    gcs_address: str = ""
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class NodeBackend(Protocol):
+    """Creates, lists and ends nodes in one place."""
+
+    def sightings(self) -> list[Sighting]:
+        """Return the cluster's nodes, also those that ended a short while ago.
+
+        Raises:
+            SlurmError: Nothing is known now. Never an incomplete list.
+        """
+
+    def create(self, launch: Launch) -> str:
+        """Create a node and return its id; the next `sightings` holds it."""
+
+    def terminate(self, node_ids: Sequence[str]) -> None:
+        """End nodes; one that has ended already is no error."""
+
+    def exists(self, node_id: str) -> bool:
+        """Ask about one node that the listing does not hold any more."""
+
+    def how_ended(self, node_id: str) -> str:
+        """Return how a node ended, for a person."""

@@ -1,0 +1,152 @@
+"""The batch script of a Ray node, rendered by a pure function.
+
+Directives are sorted, values are quoted, newlines are refused, and anybody can print the script without
+submitting it: ``ray-slurm render``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.slurm.parse import parse_time_s
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from ray_slurm_provider.config import SbatchOptions
+
+# Signals reach a job up to 60 s early (sbatch(1), --signal), and the agent needs a few seconds itself.
+_DRAIN_SIGNAL = "USR1"
+_SAFE_WORD = re.compile(r"[A-Za-z0-9@%+=:,./_-]+")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Everything that a node's batch script says.
+
+    Attributes:
+        job_name: Name in squeue.
+        comment: The birth certificate.
+        token: The launch token in it.
+        node_type: The Ray node type.
+        cluster_dir: The cluster's directory.
+        options: The sbatch options of the YAML.
+        steps: What to run first: where it stands in the YAML, and the command.
+        env: Environment variables.
+        python: Interpreter for the agent; "" to take the one that the steps leave on PATH.
+        path_prefix: Directory that goes to the front of PATH; "" for none.
+        wait_for_go: Whether to wait until `ray up` has put everything in place (the head does).
+        drain_s: Seconds before the time limit at which the agent is told; 0 for never.
+        agent: What the agent needs to know, as JSON.
+    """
+
+    job_name: str
+    comment: str
+    token: str
+    node_type: str
+    cluster_dir: Path
+    options: SbatchOptions
+    steps: Sequence[tuple[str, str]] = ()
+    env: Mapping[str, str | int | float] = field(default_factory=dict)
+    python: str = ""
+    path_prefix: str = ""
+    wait_for_go: bool = False
+    drain_s: int = 0
+    agent: Mapping[str, Any] = field(default_factory=dict)
+
+
+def render(spec: JobSpec) -> str:
+    """Return the batch script.
+
+    Raises:
+        ConfigError: A value cannot stand in a directive.
+    """
+    directives = "\n".join(_directive(name, value) for name, value in sorted(directive_values(spec).items()))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            directives,
+            "",
+            f"# Ray node of type {json.dumps(spec.node_type)}; made by ray-slurm-provider.",
+            f"export RAY_SLURM_DIR={shlex.quote(str(spec.cluster_dir))}",
+            'export RAY_CLOUD_INSTANCE_ID="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}'
+            + '${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}'
+            + f'-{spec.token}"',
+            f"export RAY_NODE_TYPE_NAME={shlex.quote(spec.node_type)}",
+            *([f'export PATH={shlex.quote(spec.path_prefix)}:"$PATH"'] if spec.path_prefix else []),
+            "cd || :",
+            "",
+            static_part().rstrip(),
+            "",
+            *(
+                [f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"']
+                if spec.wait_for_go
+                else []
+            ),
+            *(f"export {name}={shlex.quote(str(value))}" for name, value in sorted(spec.env.items())),
+            *(f"ray_slurm_step {shlex.quote(where)} {shlex.quote(command)}" for where, command in spec.steps),
+            f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(json.dumps(dict(spec.agent), sort_keys=True))}",
+            "",
+        ]
+    )
+
+
+def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
+    """Return every directive by sbatch's long name."""
+    log = str(spec.cluster_dir / "logs").replace("%", "%%") + "/%A-" + spec.token + ".log"
+    ours: dict[str, bool | int | str] = {
+        "comment": spec.comment,
+        "job-name": spec.job_name,
+        "no-requeue": True,
+        "nodes": 1,
+        "ntasks": 1,
+        "open-mode": "append",
+        "output": log,
+    }
+    if spec.drain_s and _long_enough(spec):
+        ours["signal"] = f"B:{_DRAIN_SIGNAL}@{spec.drain_s}"
+    theirs = {name.replace("_", "-"): value for name, value in spec.options.chosen().items()}
+    return {**theirs, **ours}
+
+
+def log_path(cluster_dir: Path, node_id: str) -> Path:
+    """Return where the job of a node writes."""
+    return cluster_dir / "logs" / f"{node_id}.log"
+
+
+@cache
+def static_part() -> str:
+    """Return the part that is the same in every job."""
+    return resources.files("ray_slurm_provider").joinpath("scripts/job.sh").read_text(encoding="utf-8")
+
+
+def _long_enough(spec: JobSpec) -> bool:
+    # A signal that is due before the job starts would drain the node at once.
+    limit_s = parse_time_s(spec.options.time) if spec.options.time else None
+    return limit_s is None or limit_s > 3 * spec.drain_s
+
+
+def _directive(name: str, value: bool | int | str) -> str:
+    if value is True:
+        return f"#SBATCH --{name}"
+    if value is False:
+        return f"# --{name} is off"
+    return f"#SBATCH --{name}={_quoted(name, str(value))}"
+
+
+def _quoted(name: str, value: str) -> str:
+    """Quote a value for sbatch's own parser of directives, in which a backslash escapes even in single quotes."""
+    if not value.isprintable():
+        raise ConfigError(f"sbatch.{name.replace('-', '_')}", f"{value!r} holds a control character", "one line")
+    if _SAFE_WORD.fullmatch(value):
+        return value
+    quote = '"' if "'" in value else "'"
+    return quote + value.replace("\\", "\\\\").replace(quote, "\\" + quote) + quote

@@ -1,0 +1,233 @@
+"""From the YAML that a person wrote to the one that Ray works with.
+
+Ray calls two hooks before it does anything: ``fillout_available_node_types_resources``, whose exceptions
+it only warns about, then after its own schema check ``bootstrap_config``, whose exceptions reach the
+user (ray/autoscaler/_private/commands.py, _bootstrap_config). So everything is checked and filled in by
+the first, and a mistake travels through Ray's check in a stub to the second, which refuses it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+import jsonschema
+
+from ray_slurm_provider import resources
+from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
+from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ray_slurm_provider.config import NodeConfig, SlurmSettings
+
+_REFUSED = "refused"
+# `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.
+_HEAD_START = ["ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml"]
+_DEFAULTS: dict[str, Any] = {
+    "idle_timeout_minutes": 5,
+    # Ray's own default asks for one node in each round.
+    "upscaling_speed": 1000.0,
+    "file_mounts": {},
+    "cluster_synced_files": [],
+    "initialization_commands": [],
+    "setup_commands": [],
+    "head_setup_commands": [],
+    "worker_setup_commands": [],
+    "worker_start_ray_commands": [],
+    "auth": {},
+}
+# The job sets itself up and watches itself: Ray's updaters and liveness checks would only disturb it
+# (the same flags as for KubeRay, ray/autoscaler/_private/kuberay/autoscaling_config.py).
+_PROVIDER_FLAGS = {
+    "disable_node_updaters": True,
+    "disable_launch_config_check": True,
+    "foreground_node_launch": True,
+    "worker_liveness_check": False,
+}
+_PROVIDER_KEYS = frozenset({"type", "module", "slurm", "_config_cache_path", *_PROVIDER_FLAGS})
+
+
+def fill_out(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration complete, or a stub that `bootstrap` refuses."""
+    try:
+        return resolve(config)
+    except ConfigError as error:
+        return _stub(config, str(error))
+
+
+def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that Ray goes on with.
+
+    Raises:
+        click.ClickException: It holds a mistake; nothing has been done yet.
+    """
+    section = config["provider"].get("slurm")
+    refused = section.get(_REFUSED) if isinstance(section, dict) else None
+    if refused:
+        raise click.ClickException(refused)
+    if _is_resolved(config):
+        return config
+    try:
+        return resolve(config)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def resolve(config: dict[str, Any]) -> dict[str, Any]:
+    """Check a cluster YAML and fill in what follows from it.
+
+    Setup commands move into the ``node_config`` of each type, for the job runs them; resources are
+    derived from the sbatch options; paths and the interpreter are those of this process.
+
+    Raises:
+        ConfigError: It holds a mistake.
+    """
+    if _is_resolved(config):
+        return config
+    config = {**_DEFAULTS, **copy.deepcopy(config)}
+    check_cluster_name(config.get("cluster_name"))
+    provider = config["provider"]
+    _check_provider_keys(provider)
+    settings = read_settings(provider.get("slurm"))
+    provider["slurm"] = {
+        **settings.model_dump(exclude_none=True),
+        "state_dir": str(settings.directory()),
+        "default_python": sys.executable,
+    }
+    provider.update(_PROVIDER_FLAGS)
+    _refuse_docker(config)
+    types = config.get("available_node_types")
+    if not isinstance(types, dict) or not types:
+        raise ConfigError("available_node_types", "is no mapping of node types", "one entry per node type")
+    if config.get("head_node_type") not in types:
+        raise ConfigError("head_node_type", f"{config.get('head_node_type')!r} is no node type", ", ".join(map(str, types)))
+    names = accelerator_names()
+    for name, node_type in types.items():
+        _resolve_type(config, str(name), node_type, names)
+    for key in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"):
+        config[key] = []
+    config["head_start_ray_commands"] = list(_HEAD_START)
+    config["worker_start_ray_commands"] = []
+    _check_by_schema(config)
+    return config
+
+
+def settings_of(config: dict[str, Any]) -> SlurmSettings:
+    """Return the settings of a configuration."""
+    return read_settings(config["provider"].get("slurm"))
+
+
+def ignored_start_commands(config: dict[str, Any]) -> list[str]:
+    """Return the start commands of the YAML that the provider will not run, for a warning."""
+    usual = {"ray stop", *_HEAD_START}
+    return [
+        command
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in config.get(key) or []
+        if isinstance(command, str) and command.strip() not in usual
+    ]
+
+
+def _is_resolved(config: dict[str, Any]) -> bool:
+    types = config.get("available_node_types")
+    return isinstance(types, dict) and any(
+        isinstance(entry, dict) and isinstance(entry.get("node_config"), dict) and "resolved" in entry["node_config"]
+        for entry in types.values()
+    )
+
+
+def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerators: list[str]) -> None:
+    path = f"available_node_types.{name}"
+    if not isinstance(node_type, dict):
+        raise ConfigError(path, "is no mapping", "node_config, resources, min_workers, max_workers, labels, ...")
+    node_config = read_node_config(node_type.get("node_config"), f"{path}.node_config")
+    written = node_type.get("resources") or {}
+    if not isinstance(written, dict):
+        raise ConfigError(f"{path}.resources", f"{written!r} is no mapping", "names of resources and whole numbers")
+    derived = resources.derive(node_config.sbatch, accelerators)
+    merged = resources.merge(written, node_config.sbatch, derived, f"{path}.resources")
+    labels = node_type.get("labels") or {}
+    node_type["resources"] = merged
+    node_type["node_config"] = {
+        **node_config.model_dump(exclude_none=True),
+        "resolved": {
+            "steps": [list(step) for step in _steps(config, name, node_type, node_config)],
+            "resources": merged,
+            "written": sorted(written),
+            "labels": labels,
+        },
+    }
+
+
+def _steps(config: dict[str, Any], name: str, node_type: dict[str, Any], node_config: NodeConfig) -> Iterator[tuple[str, str]]:
+    """Yield the commands of a node in Ray's order, each with its YAML path.
+
+    Ray has merged ``setup_commands`` into the head's and the workers' lists already, and the lists of a
+    type replace the global ones (ray/autoscaler/_private/util.py, merge_setup_commands;
+    ray/autoscaler/_private/autoscaler.py, _get_node_type_specific_fields).
+    """
+    kind = "head_setup_commands" if name == config["head_node_type"] else "worker_setup_commands"
+    for key in ("initialization_commands", kind):
+        own = node_type.pop(key, None)
+        where, commands = (key, config.get(key)) if own is None else (f"available_node_types.{name}.{key}", own)
+        for index, command in enumerate(_command_list(commands, where)):
+            yield f"{where}[{index}]", command
+    for index, command in enumerate(node_config.setup):
+        yield f"available_node_types.{name}.node_config.setup[{index}]", command
+
+
+def _command_list(commands: Any, where: str) -> list[str]:
+    commands = [] if commands is None else commands
+    if not isinstance(commands, list) or not all(isinstance(command, str) and command.strip() for command in commands):
+        raise ConfigError(where, f"{commands!r} is not allowed", "a list of shell commands, each a text")
+    if any("\0" in command for command in commands):
+        raise ConfigError(where, "a command holds a NUL character", "a list of shell commands")
+    return commands
+
+
+def _check_provider_keys(provider: dict[str, Any]) -> None:
+    known = _PROVIDER_KEYS | set(cluster_schema()["properties"]["provider"]["properties"])
+    for key in provider:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(f"provider.{key}", "unknown key", f"did you mean {close[0]}?" if close else "type, module, slurm")
+
+
+def _refuse_docker(config: dict[str, Any]) -> None:
+    if (config.get("docker") or {}) != {}:
+        raise ConfigError("docker", "Ray's docker section does not work in SLURM jobs", "leave it out; start the container in the site's own way")
+
+
+def _check_by_schema(config: dict[str, Any]) -> None:
+    """Check by Ray's own schema, with an error that says where."""
+    try:
+        jsonschema.validate(config, cluster_schema())
+    except jsonschema.ValidationError as error:
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path).lstrip(".")
+        raise ConfigError(where or "the YAML", error.message) from None
+    minimum = sum(entry.get("min_workers", 0) for entry in config["available_node_types"].values())
+    if minimum > config["max_workers"]:
+        raise ConfigError("max_workers", f"{config['max_workers']} is less than all min_workers together, {minimum}")
+
+
+def _stub(config: dict[str, Any], message: str) -> dict[str, Any]:
+    provider = config.get("provider") if isinstance(config.get("provider"), dict) else {}
+    return {
+        **_DEFAULTS,
+        "cluster_name": "refused",
+        "max_workers": 0,
+        "provider": {
+            "type": "external",
+            "module": (provider or {}).get("module", ""),
+            "slurm": {_REFUSED: message},
+        },
+        "head_node_type": "head",
+        "available_node_types": {"head": {"resources": {}, "node_config": {}}},
+        "head_start_ray_commands": [],
+    }

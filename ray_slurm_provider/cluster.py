@@ -1,0 +1,376 @@
+"""A cluster: joins what the backend sees with the diary and the reports.
+
+The only holder of locks and of the listing cache. Ray calls from several threads: a listing is asked for
+once and shared for a moment, and dropped whenever something was created or ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
+from ray_slurm_provider.backends.base import Launch
+from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
+from ray_slurm_provider.batch_script import log_path
+from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
+from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
+from ray_slurm_provider.reports import READY
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from ray_slurm_provider.backends.base import NodeBackend, Sighting
+    from ray_slurm_provider.cluster_dir import Diary
+    from ray_slurm_provider.config import NodeConfig, SlurmSettings
+    from ray_slurm_provider.reports import NodeReport
+
+logger = logging.getLogger(__name__)
+
+# Ray's own names (ray/autoscaler/tags.py); the contract tests compare them.
+TAG_KIND = "ray-node-type"
+TAG_TYPE = "ray-user-node-type"
+TAG_STATUS = "ray-node-status"
+KIND_HEAD = "head"
+STATUS_UP_TO_DATE = "up-to-date"
+
+_CACHE_S = 1.0
+_CLEANUP_TIMEOUT_S = 120.0
+_INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
+# What belongs to the shell or the node of `ray up` and must not follow the job to another.
+_NOT_FOR_JOBS = ("RAY_", "AUTOSCALER_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "PMI_", "PMIX_")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Ray node of the cluster.
+
+    Attributes:
+        node_id: Its id.
+        tags: Ray's tags as they are now.
+        seen: What the backend sees of it.
+        report: What it says of itself; None when it has said nothing yet.
+    """
+
+    node_id: str
+    tags: Mapping[str, str]
+    seen: Sighting
+    report: NodeReport | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is a head."""
+        return self.tags.get(TAG_KIND) == KIND_HEAD
+
+    @property
+    def ready(self) -> bool:
+        """Whether Ray runs there."""
+        return self.report is not None and self.report.phase == READY
+
+    @property
+    def address(self) -> str:
+        """The address that Ray uses there, or a name for a node that has none yet."""
+        if self.report is not None and self.report.address:
+            return self.report.address
+        return f"slurm-job-{self.node_id}"
+
+
+def join(
+    sightings: Iterable[Sighting], diary: Diary, report_of: Callable[[str], NodeReport | None], only_head: str = ""
+) -> dict[str, Node]:
+    """Return the cluster's nodes, alive or just ended, by id.
+
+    Args:
+        sightings: What the backend sees; this alone decides what exists.
+        diary: Tags that changed.
+        report_of: Reads a node's report.
+        only_head: Leave out the workers of other heads; "" for all.
+    """
+    nodes = {}
+    for seen in sightings:
+        if only_head and only_head not in (seen.head, seen.node_id):
+            continue
+        report = report_of(seen.node_id)
+        tags = dict(seen.birth_tags)
+        if report is not None and report.phase == READY:
+            tags[TAG_STATUS] = STATUS_UP_TO_DATE
+        tags.update(diary.tags.get(seen.node_id, {}))
+        nodes[seen.node_id] = Node(seen.node_id, tags, seen, report)
+    return nodes
+
+
+@dataclass
+class _Listing:
+    nodes: dict[str, Node] = field(default_factory=dict)
+    time: float = float("-inf")
+
+
+class Cluster:
+    """One Ray cluster on SLURM.
+
+    Args:
+        name: The cluster's name.
+        settings: ``provider.slurm``.
+        environ: The environment of this process.
+        backend: Where its nodes run; SLURM jobs when None.
+        clock: A monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: SlurmSettings,
+        environ: Mapping[str, str] | None = None,
+        backend: NodeBackend | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.directory = ClusterDir(settings.directory(), name)
+        self._environ = dict(os.environ if environ is None else environ)
+        self._clock = clock
+        self._backend = backend or SlurmJobs(self.slurm_client(), name, self.directory.fingerprint)
+        self._lock = threading.Lock()
+        self._listing = _Listing()
+        self._known: dict[str, Node] = {}
+        self._unlisted: set[str] = set()
+
+    def slurm_client(self) -> SlurmClient:
+        """Return a way to SLURM with this cluster's settings."""
+        return SlurmClient(SlurmTools(self.settings.slurm_bin or "", self.settings.command_timeout_s, self._environ))
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def nodes(self) -> dict[str, Node]:
+        """Return the nodes that wait or run, by id.
+
+        A node that was created here is listed once even when it has ended meanwhile: otherwise Ray's
+        autoscaler would wait ten minutes for it to appear.
+
+        Raises:
+            SlurmError: Nothing is known now.
+        """
+        with self._lock:
+            if self._clock() - self._listing.time > _CACHE_S:
+                self._refresh()
+            return dict(self._listing.nodes)
+
+    def node(self, node_id: str) -> Node:
+        """Return a node, also one that has ended, as it was when last seen.
+
+        Raises:
+            NodeNotFound: This cluster has never had it.
+        """
+        found = self.nodes().get(node_id) or self._known.get(node_id)
+        if found is None:
+            raise NodeNotFound(f"node {node_id} is not one of cluster {self.name}")
+        return found
+
+    def last_seen(self, node_id: str) -> Node:
+        """Return a node from the last listing, without asking again."""
+        found = self._known.get(node_id)
+        return found if found is not None else self.node(node_id)
+
+    def is_alive(self, node_id: str) -> bool:
+        """Tell whether a node waits or runs."""
+        return node_id in self.nodes()
+
+    def head(self) -> Node | None:
+        """Return the living head, None when there is none."""
+        return next((node for node in self.nodes().values() if node.is_head), None)
+
+    def log_of(self, node_id: str) -> Path:
+        """Return where the job of a node writes."""
+        return log_path(self.directory.root, node_id)
+
+    def obituary(self, node_id: str) -> str:
+        """Return how and why a node ended, with the last lines of its log."""
+        why = self.directory.reason(node_id)
+        report = self.directory.report(node_id)
+        if not why and report is not None:
+            why = report.reason
+        lines = [f"job {node_id} ended: {self._backend.how_ended(node_id)}"]
+        lines += [f"  reason: {why}"] if why else []
+        lines += [f"  log: {self.log_of(node_id)}"]
+        return "\n".join(lines + [f"  | {line}" for line in log_tail(self.log_of(node_id))])
+
+    # -- changes --------------------------------------------------------------------------------
+
+    def create_head(self, node_type: str, config: NodeConfig, tags: Mapping[str, str]) -> str:
+        """Submit the head's job and return its node id."""
+        self.directory.prepare()
+        self.directory.set_stopping(False)
+        environ = job_environment(self._environ)
+        self.directory.save_environment(environ)
+        return self._create(self._launch(node_type, config, tags, environ))
+
+    def create_workers(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
+        """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
+
+        Raises:
+            StateError: The cluster is being taken down, or this is not a head's job.
+        """
+        if self.directory.stopping:
+            raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
+        head = self._environ.get(_INSTANCE_VARIABLE, "")
+        gcs_address = self._environ.get(GCS_ADDRESS_VARIABLE, "")
+        if not (head and gcs_address):
+            raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
+        environ = self.directory.environment() or job_environment(self._environ)
+        launch = self._launch(node_type, config, tags, environ, head, gcs_address)
+        return [self._create(launch) for _ in range(count)]
+
+    def preview(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], *, head: bool) -> Launch:
+        """Return a launch as it would be made, for printing its script."""
+        if head:
+            return self._launch(node_type, config, tags, {})
+        return self._launch(node_type, config, tags, {}, "HEAD", "HEAD_ADDRESS:PORT")
+
+    def terminate(self, node_ids: list[str]) -> None:
+        """End nodes; a node that has ended already is no error."""
+        if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
+            # Its autoscaler must not submit while it goes down.
+            self.directory.set_stopping(True)
+        try:
+            self._backend.terminate(node_ids)
+        finally:
+            self._forget_listing()
+
+    def set_tags(self, node_id: str, tags: Mapping[str, str]) -> None:
+        """Change tags of a node; nothing happens when the cluster's directory is gone."""
+        if not self.directory.exists:
+            return
+        with self.directory.change_diary() as diary:
+            diary.tags.setdefault(node_id, {}).update(tags)
+        self._forget_listing()
+
+    def let_head_start(self, node_id: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
+        """Tell the head's job that everything it needs is in place."""
+        token = node_id.rpartition("-")[2]
+        self.directory.let_head_start(token, autoscaler_v2=autoscaler_v2, usage_stats=usage_stats)
+
+    def wait_for_head(self, node_id: str, tell: Callable[[Node], None], poll_s: float = 0.2, ask_s: float = 2.0) -> Node:
+        """Wait as long as it takes until Ray runs on the head.
+
+        Args:
+            node_id: The head.
+            tell: Called with the node after each question to SLURM.
+            poll_s: Seconds between two looks at its report.
+            ask_s: Seconds between two questions to SLURM.
+
+        Raises:
+            HeadFailed: Its job ended; the text says why.
+        """
+        next_question = self._clock()
+        while True:
+            report = self.directory.report(node_id)
+            ready = report is not None and report.phase == READY
+            if ready or self._clock() >= next_question:
+                next_question = self._clock() + ask_s
+                node = self.nodes().get(node_id)
+                if node is None:
+                    raise HeadFailed(self.obituary(node_id))
+                tell(node)
+                if ready and node.ready:
+                    return node
+            time.sleep(poll_s)
+
+    def clean_up(self) -> None:
+        """Wait until every job has left SLURM, and remove the cluster's directory.
+
+        Raises:
+            StateError: Jobs are still there; the directory stays.
+        """
+
+        def gone() -> bool:
+            left = [seen for seen in self._backend.sightings() if seen.alive or seen.state == "COMPLETING"]
+            # The autoscaler may have submitted while the head was being cancelled.
+            self._backend.terminate([seen.node_id for seen in left if seen.alive])
+            return not left
+
+        if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
+            raise StateError(f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s; {self.directory.root} stays")
+        self.directory.remove()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _launch(
+        self,
+        node_type: str,
+        config: NodeConfig,
+        tags: Mapping[str, str],
+        environ: Mapping[str, str],
+        head: str = "",
+        gcs_address: str = "",
+    ) -> Launch:
+        return Launch(
+            cluster=self.name,
+            home=self.directory.fingerprint,
+            cluster_dir=self.directory.root,
+            settings=self.settings,
+            node_type=node_type,
+            config=config,
+            tags=tags,
+            head=head,
+            gcs_address=gcs_address,
+            environ=environ,
+        )
+
+    def _create(self, launch: Launch) -> str:
+        try:
+            node_id = self._backend.create(launch)
+        finally:
+            self._forget_listing()
+        with self._lock:
+            self._unlisted.add(node_id)
+        return node_id
+
+    def _refresh(self) -> None:
+        """Ask once and make the new listing; the lock is held."""
+        own = self._environ.get(_INSTANCE_VARIABLE, "")
+        before = self._listing.nodes
+        sightings = self._backend.sightings()
+        seen_ids = {seen.node_id for seen in sightings}
+        inside = self._environ.get("RAY_SLURM_DIR") == str(self.directory.root)
+        if inside and own not in seen_ids:
+            raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {own}")
+        only_head = own if inside else ""
+        found = join(sightings, self.directory.diary(), self.directory.report, only_head)
+        self._refuse_incomplete(before, seen_ids)
+        for node_id, node in found.items():
+            if not node.seen.alive and node_id in before:
+                self._log_end(node)
+        listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
+        self._unlisted.difference_update(listed)
+        self._known.update(found)
+        self._listing = _Listing(listed, self._clock())
+
+    def _refuse_incomplete(self, before: Mapping[str, Node], seen_ids: set[str]) -> None:
+        """Ask a second time about every node that the answer does not hold: unknown is not gone."""
+        for node_id in before:
+            if node_id not in seen_ids and self._backend.exists(node_id):
+                raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
+
+    def _log_end(self, node: Node) -> None:
+        failed = node.seen.state not in {"CANCELLED", "COMPLETING", "COMPLETED"} or self.directory.reason(node.node_id)
+        if failed:
+            logger.warning("%s", self.obituary(node.node_id))
+        else:
+            logger.info("job %s ended (%s)", node.node_id, node.seen.state)
+
+    def _forget_listing(self) -> None:
+        with self._lock:
+            self._listing = _Listing(self._listing.nodes)
+
+
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that a job starts with, from that of `ray up`."""
+    return {name: value for name, value in clean_environment(environ).items() if not name.startswith(_NOT_FOR_JOBS)}

@@ -1,0 +1,202 @@
+"""The cluster's own directory on the shared file system: ``<state_dir>/<cluster_name>/``, 0700.
+
+::
+
+    state.json                  the diary: tags that changed since birth
+    head.json                   report of the head: address and ports
+    head_env.sh                 the head's environment, for commands that run there
+    nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
+    ray_bootstrap_config.yaml   what Ray's autoscaler reads
+    auth_token                  Ray's token, 0600
+    submit_env.json             the environment of `ray up`, for the workers' jobs, 0600
+    stopping                    there while `ray down` runs
+    logs/<node id>.log          output of each job
+
+What exists is SLURM's to say: this directory may be lost, and the nodes are still found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.files import read_json_object, write_atomically, write_json
+from ray_slurm_provider.reports import NodeReport, ReportPaths, read_reason, read_report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+logger = logging.getLogger(__name__)
+
+_DIARY_VERSION = 1
+_LOCK_TIMEOUT_S = 30.0
+_BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
+
+
+@dataclass
+class Diary:
+    """What changed since birth.
+
+    Attributes:
+        tags: Tag changes by node id.
+    """
+
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+class ClusterDir:
+    """The one place that reads and writes the cluster directory.
+
+    Args:
+        state_dir: The directory of all clusters.
+        cluster_name: This cluster.
+    """
+
+    def __init__(self, state_dir: Path, cluster_name: str) -> None:
+        self.root = state_dir / cluster_name
+        self.reports = ReportPaths(self.root)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return what tells this directory from others, for the birth certificates."""
+        return hashlib.sha256(str(self.root).encode()).hexdigest()[:10]
+
+    @property
+    def bootstrap_config(self) -> Path:
+        """Where Ray's autoscaler reads its configuration."""
+        return self.root / _BOOTSTRAP_CONFIG
+
+    @property
+    def token_file(self) -> Path:
+        """Ray's token."""
+        return self.root / "auth_token"
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory is there."""
+        return self.root.is_dir()
+
+    def prepare(self) -> None:
+        """Make the directory with everything that a head needs in it; nothing that is there is changed.
+
+        Raises:
+            StateError: It cannot be made, or belongs to somebody else.
+        """
+        try:
+            self.root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, exist_ok=True)
+            if self.root.stat().st_uid != os.getuid():
+                raise StateError(f"{self.root} belongs to another user; choose another provider.slurm.state_dir")
+            self.root.chmod(0o700)
+            for name in ("nodes", "logs"):
+                (self.root / name).mkdir(mode=0o700, exist_ok=True)
+            if not self.token_file.exists():
+                write_atomically(self.token_file, secrets.token_hex(32))
+        except OSError as error:
+            raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
+
+    def diary(self) -> Diary:
+        """Return what changed since birth; nothing when the file is lost."""
+        path = self.root / "state.json"
+        value = read_json_object(path)
+        if value is None:
+            if path.exists():
+                logger.warning("%s cannot be read; going on with what SLURM knows", path)
+            return Diary()
+        tags = value.get("tags")
+        if not isinstance(tags, dict):
+            return Diary()
+        return Diary({str(node): {str(k): str(v) for k, v in dict(changed).items()} for node, changed in tags.items()})
+
+    @contextmanager
+    def change_diary(self) -> Iterator[Diary]:
+        """Change the diary under its lock; no SLURM command may run meanwhile.
+
+        Raises:
+            StateError: Somebody else holds the lock for too long.
+        """
+        try:
+            with FileLock(self.root / "state.lock", timeout=_LOCK_TIMEOUT_S, mode=0o600):
+                diary = self.diary()
+                yield diary
+                write_json(self.root / "state.json", {"version": _DIARY_VERSION, "tags": diary.tags})
+        except Timeout as error:
+            raise StateError(f"{self.root / 'state.lock'} was not free for {_LOCK_TIMEOUT_S:g} s") from error
+        except OSError as error:
+            raise StateError(f"{self.root / 'state.json'} cannot be written: {error.strerror or error}") from error
+
+    def report(self, node_id: str) -> NodeReport | None:
+        """Return what a node says of itself."""
+        return read_report(self.reports.report(node_id))
+
+    def head_report(self) -> NodeReport | None:
+        """Return what the head says of itself."""
+        return read_report(self.reports.head)
+
+    def reason(self, node_id: str) -> str:
+        """Return why a node did not come up, "" when nobody wrote that."""
+        return read_reason(self.reports.reason(node_id))
+
+    def write_bootstrap_config(self, source: Path) -> None:
+        """Replace what Ray's autoscaler reads by the content of a file."""
+        write_atomically(self.bootstrap_config, source.read_text(encoding="utf-8"))
+
+    def let_head_start(self, token: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
+        """Tell the head's job that everything it needs is in place."""
+        write_json(self.reports.go(token), {"autoscaler_v2": autoscaler_v2, "usage_stats": usage_stats})
+
+    def save_environment(self, environ: Mapping[str, str]) -> None:
+        """Keep the environment of `ray up` for the workers' jobs."""
+        write_atomically(self.root / "submit_env.json", json.dumps(dict(environ), sort_keys=True))
+
+    def environment(self) -> dict[str, str] | None:
+        """Return the environment of `ray up`, None when it is lost."""
+        value = read_json_object(self.root / "submit_env.json")
+        return None if value is None else {str(name): str(text) for name, text in value.items()}
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the cluster is being taken down: nothing new may be submitted."""
+        return (self.root / "stopping").exists()
+
+    def set_stopping(self, stopping: bool) -> None:
+        """Begin or end the taking down."""
+        if stopping and self.exists:
+            (self.root / "stopping").touch(mode=0o600)
+        if not stopping:
+            (self.root / "stopping").unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove everything; and the directory of all clusters when nothing is left in it.
+
+        Raises:
+            StateError: Something could not be removed.
+        """
+        try:
+            if self.exists:
+                shutil.rmtree(self.root)
+        except OSError as error:
+            raise StateError(f"{self.root} cannot be removed: {error.strerror or error}") from error
+
+
+def log_tail(path: Path, lines: int = 15) -> list[str]:
+    """Return the last lines of a log, none when there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-lines:]

@@ -1,0 +1,481 @@
+"""Our sections of the cluster YAML: ``provider.slurm`` and ``node_config``.
+
+The models are the one list of keys, types, defaults, documentation and error texts: the reference page
+and every refusal come from them. Nothing here imports Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.slurm import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# sbatch options that the provider writes itself, with the reason (sbatch(1)).
+PROTECTED_OPTIONS = {
+    "array": "each Ray node is a job of its own",
+    "chdir": "the job starts in the home directory",
+    "comment": "it holds the job's birth certificate, by which the job is found again",
+    "error": "the log is below state_dir; `ray-slurm render` shows where",
+    "export": "the job gets the environment of `ray up`; add variables with node_config.env",
+    "export_file": "the job gets the environment of `ray up`; add variables with node_config.env",
+    "get_user_env": "the job gets the environment of `ray up`",
+    "gid": "the job runs as you",
+    "input": "the job reads nothing",
+    "job_name": "it is ray-<cluster_name>-<node type>",
+    "no_requeue": "it is always set: a requeued job would come back under an id that Ray has forgotten",
+    "nodes": "a Ray node is one SLURM node",
+    "ntasks": "a Ray node is one task; ask for CPUs with cpus_per_task",
+    "ntasks_per_core": "a Ray node is one task",
+    "ntasks_per_gpu": "a Ray node is one task",
+    "ntasks_per_node": "a Ray node is one task",
+    "ntasks_per_socket": "a Ray node is one task",
+    "open_mode": "the log is appended to",
+    "output": "the log is below state_dir; `ray-slurm render` shows where",
+    "parsable": "the provider reads sbatch's answer itself",
+    "quiet": "the provider reads sbatch's answer itself",
+    "requeue": "a requeued job would come back under an id that Ray has forgotten",
+    "signal": "it announces the time limit to Ray; see provider.slurm.drain_s",
+    "test_only": "the job is meant to run",
+    "uid": "the job runs as you",
+    "verbose": "the provider reads sbatch's answer itself",
+    "wait": "the provider waits itself",
+    "wrap": "the script is the provider's; add lines with node_config.setup",
+}
+
+# Variables by which Ray recognises a node; the job sets them itself.
+PROTECTED_VARIABLES = frozenset(
+    {
+        "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_CLOUD_INSTANCE_ID",
+        "RAY_NODE_TYPE_NAME",
+        "RAY_OVERRIDE_LABELS",
+        "RAY_OVERRIDE_RESOURCES",
+        "RAY_enable_autoscaler_v2",
+    }
+)
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable characters")
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _shell_line(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain a NUL character")
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _memory(value: int | str) -> int | str:
+    parse.parse_mem_mib(value)
+    return value
+
+
+def _time(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(  # noqa: TRY004 pydantic turns a ValueError into its own error
+            f'must be in quotes: YAML reads 01:30:00 without them as the number 5400; this one is now {value}'
+        )
+    return value
+
+
+def _time_form(text: str) -> str:
+    parse.parse_time_s(text)
+    return text
+
+
+def _gres(text: str) -> str:
+    parse.parse_gres(text)
+    return text
+
+
+def _gpus(value: int | str) -> int | str:
+    parse.parse_gpus(value)
+    return value
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a text or a number")  # noqa: TRY004 as above
+    return value
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+ShellLine = Annotated[str, AfterValidator(_shell_line)]
+Count = Annotated[int, Field(ge=1)]
+Memory = Annotated[int | str, BeforeValidator(_not_bool), AfterValidator(_memory)]
+TimeLimit = Annotated[str, BeforeValidator(_time), AfterValidator(_one_line), AfterValidator(_time_form)]
+Gres = Annotated[str, AfterValidator(_one_line), AfterValidator(_gres)]
+Gpus = Annotated[int | str, BeforeValidator(_not_bool), AfterValidator(_gpus)]
+LineOrCount = Annotated[int | Line, BeforeValidator(_not_bool)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class SbatchOptions(_Section):
+    """Options of sbatch, by their long names with ``_`` for ``-``; sbatch(1) explains each."""
+
+    account: Line | None = None
+    """Account to charge."""
+    acctg_freq: LineOrCount | None = None
+    """Sampling intervals of the accounting."""
+    bb: Line | None = None
+    """Burst buffer specification."""
+    begin: Line | None = None
+    """Earliest start."""
+    cluster_constraint: Line | None = None
+    """Features of the cluster in a federation."""
+    constraint: Line | None = None
+    """Features that the SLURM node must have."""
+    container: Line | None = None
+    """OCI bundle for the job."""
+    contiguous: bool | None = None
+    """Only contiguous SLURM nodes."""
+    core_spec: Annotated[int, Field(ge=0)] | None = None
+    """Cores reserved for the system."""
+    cores_per_socket: Count | None = None
+    """Least number of cores per socket."""
+    cpu_freq: LineOrCount | None = None
+    """CPU frequency."""
+    cpus_per_gpu: Count | None = None
+    """CPUs for each GPU."""
+    cpus_per_task: Count | None = None
+    """CPUs of the Ray node; 1 when it is not given."""
+    deadline: Line | None = None
+    """Remove the job when it cannot end before this time."""
+    delay_boot: LineOrCount | None = None
+    """Minutes to wait before booting nodes for a feature."""
+    dependency: Line | None = None
+    """Start only after other jobs."""
+    distribution: Line | None = None
+    """Distribution of tasks."""
+    exclude: Line | None = None
+    """SLURM nodes not to use."""
+    exclusive: bool | Literal["user", "mcs", "topo"] | None = None
+    """A whole SLURM node; the Ray node then has all its CPUs."""
+    gpu_bind: Line | None = None
+    """Binding of tasks to GPUs."""
+    gpu_freq: LineOrCount | None = None
+    """GPU frequency."""
+    gpus: Gpus | None = None
+    """GPUs of the job: 2, or a100:2."""
+    gpus_per_node: Gpus | None = None
+    """GPUs per SLURM node: 2, or a100:2."""
+    gpus_per_task: Gpus | None = None
+    """GPUs per task: 2, or a100:2."""
+    gres: Gres | None = None
+    """Generic resources: gpu:1, gpu:a100:4."""
+    gres_flags: Line | None = None
+    """Flags for generic resources."""
+    hint: Line | None = None
+    """Binding hint."""
+    hold: bool | None = None
+    """Submit on hold."""
+    kill_on_invalid_dep: Literal["yes", "no"] | None = None
+    """What to do with a dependency that can never be fulfilled."""
+    licenses: Line | None = None
+    """Licenses."""
+    mail_type: Line | None = None
+    """Events to send mail for."""
+    mail_user: Line | None = None
+    """Who gets the mail."""
+    mcs_label: Line | None = None
+    """MCS label."""
+    mem: Memory | None = None
+    """Memory of the Ray node: 4G, 512M, or a number of MiB; 0 for all of the SLURM node."""
+    mem_bind: Line | None = None
+    """NUMA memory binding."""
+    mem_per_cpu: Memory | None = None
+    """Memory for each CPU."""
+    mem_per_gpu: Memory | None = None
+    """Memory for each GPU."""
+    mincpus: Count | None = None
+    """Least number of CPUs of the SLURM node."""
+    network: Line | None = None
+    """Network specification."""
+    nice: Annotated[int, BeforeValidator(_not_bool)] | None = None
+    """Adjustment of the priority."""
+    no_kill: bool | None = None
+    """Do not end the job when one of its nodes fails."""
+    nodefile: Line | None = None
+    """File with a node list."""
+    nodelist: Line | None = None
+    """SLURM nodes to use."""
+    overcommit: bool | None = None
+    """Overcommit CPUs."""
+    oversubscribe: bool | None = None
+    """Share resources with other jobs."""
+    partition: Line | None = None
+    """Partition, or a list of partitions."""
+    power: Line | None = None
+    """Power management."""
+    prefer: Line | None = None
+    """Features that the SLURM node should have."""
+    priority: LineOrCount | None = None
+    """Priority of the job."""
+    profile: Line | None = None
+    """Profiling data to collect."""
+    propagate: bool | Line | None = None
+    """Limits to propagate."""
+    qos: Line | None = None
+    """Quality of service."""
+    reboot: bool | None = None
+    """Reboot the nodes first."""
+    reservation: Line | None = None
+    """Reservation to use."""
+    sockets_per_node: Count | None = None
+    """Least number of sockets."""
+    spread_job: bool | None = None
+    """Spread over many nodes."""
+    switches: LineOrCount | None = None
+    """Most switches."""
+    thread_spec: Annotated[int, Field(ge=0)] | None = None
+    """Threads reserved for the system."""
+    threads_per_core: Count | None = None
+    """Threads per core."""
+    time: TimeLimit | None = None
+    """Time limit, in quotes: "24:00:00", "2-00:00:00", "90" minutes."""
+    time_min: TimeLimit | None = None
+    """Least time limit, in quotes."""
+    tmp: Memory | None = None
+    """Least temporary disk space of the SLURM node."""
+    use_min_nodes: bool | None = None
+    """Prefer fewer nodes."""
+    wait_all_nodes: Literal[0, 1] | None = None
+    """Start when all nodes are ready."""
+    wckey: Line | None = None
+    """Workload characterisation key."""
+
+    def chosen(self) -> dict[str, bool | int | str]:
+        """Return the options that are set, by field name."""
+        return {name: value for name, value in self if value is not None}
+
+
+class ResolvedNode(_Section):
+    """What the provider makes of a whole node type, for the job: filled in by `bootstrap`, never by hand."""
+
+    steps: list[list[str]] = []
+    """Commands to run in the job: where each stands in the YAML, and its text."""
+    resources: dict[str, int] = {}
+    """Ray resources that the autoscaler counts on."""
+    written: list[str] = []
+    """Names of those that a person wrote."""
+    labels: dict[str, str] = {}
+    """Ray labels."""
+
+
+class NodeConfig(_Section):
+    """``available_node_types.<type>.node_config``: how the job of such a Ray node looks."""
+
+    placement: Literal["slurm"] = "slurm"
+    """Where the node runs: ``slurm``, as a job."""
+    sbatch: SbatchOptions = SbatchOptions()
+    """Options for sbatch."""
+    setup: list[ShellLine] = []
+    """Shell lines that run last before Ray starts, in the same shell: ``module load``, ``conda activate``, ``export``."""
+    env: dict[str, Annotated[str | int | float, BeforeValidator(_not_bool)]] = {}
+    """Environment variables of the job."""
+    ray_start_args: list[Line] = []
+    """Further arguments for ``ray start``, for example ``--system-reserved-cpu=1``."""
+    resolved: ResolvedNode | None = Field(default=None, json_schema_extra={"internal": True})
+    """Filled in by the provider, never by hand."""
+
+
+class SlurmSettings(_Section):
+    """``provider.slurm``: what concerns the whole cluster."""
+
+    state_dir: Line = "~/.ray-slurm"
+    """Directory on a file system that login node and compute nodes share; the cluster's own directory is below it."""
+    python: Line | None = None
+    """Interpreter for the jobs, as an absolute path; the one that runs ``ray up`` when it is not given."""
+    slurm_bin: Line | None = None
+    """Directory of sbatch, squeue and the others; PATH when it is not given."""
+    interface: Line | None = None
+    """Network interface whose address Ray uses, for example ``ib0``; the address of the SLURM node when it is not given."""
+    temp_dir: Line = "/tmp"  # noqa: S108 the agent makes a private directory in it
+    """Directory for Ray's temporary files on the compute node; may name variables, for example ``$SLURM_TMPDIR``."""
+    token_auth: bool = True
+    """Whether Ray asks everybody for the cluster's token."""
+    update_interval_s: Annotated[int, Field(ge=1, le=3600)] = 5
+    """Seconds between two rounds of Ray's autoscaler, each of which asks squeue once."""
+    withdraw_after_s: Annotated[int, Field(ge=0)] = 300
+    """Seconds after which a queued job that nobody needs any more is cancelled."""
+    drain_s: Annotated[int, Field(ge=0, le=3600)] = 60
+    """Seconds before the time limit at which Ray is told to move its work away; 0 to be surprised."""
+    command_timeout_s: Annotated[int, Field(ge=1)] = 60
+    """Seconds after which a SLURM command that gives no answer counts as failed."""
+    default_python: Line | None = Field(default=None, json_schema_extra={"internal": True})
+    """The interpreter that ran ``ray up``; filled in by the provider, never by hand."""
+
+    def directory(self) -> Path:
+        """Return state_dir with ``~`` and variables expanded.
+
+        Raises:
+            ConfigError: It is not absolute then.
+        """
+        path = os.path.expanduser(os.path.expandvars(self.state_dir))  # noqa: PTH111 variables may hold "~"
+        if not os.path.isabs(path):  # noqa: PTH117
+            raise ConfigError("provider.slurm.state_dir", f"{path!r} is not absolute", "an absolute path, or one with ~")
+        return Path(os.path.normpath(path))
+
+
+Model = TypeVar("Model", bound=_Section)
+
+
+def read_settings(section: Any) -> SlurmSettings:
+    """Return ``provider.slurm`` as a model.
+
+    Raises:
+        ConfigError: It holds a mistake.
+    """
+    settings = _read(SlurmSettings, {} if section is None else section, "provider.slurm")
+    settings.directory()
+    for name in ("python", "slurm_bin"):
+        value = getattr(settings, name)
+        if value is not None and not Path(value).expanduser().is_absolute():
+            raise ConfigError(f"provider.slurm.{name}", f"{value!r} is not absolute", "an absolute path")
+    return settings
+
+
+def read_node_config(section: Any, path: str) -> NodeConfig:
+    """Return a ``node_config`` as a model.
+
+    Args:
+        section: What the YAML holds there.
+        path: Its YAML path, for the error.
+
+    Raises:
+        ConfigError: It holds a mistake.
+    """
+    options = section.get("sbatch") if isinstance(section, dict) else None
+    if isinstance(options, dict):
+        for key in options:
+            _refuse_protected(str(key), f"{path}.sbatch.{key}")
+    config = _read(NodeConfig, {} if section is None else section, path)
+    for name in config.env:
+        if not _VARIABLE.fullmatch(name):
+            raise ConfigError(f"{path}.env", f"{name!r} is not a variable name", "letters, digits and _")
+        if name in PROTECTED_VARIABLES or name.startswith("SLURM_"):
+            raise ConfigError(f"{path}.env.{name}", "the job sets this variable itself", "any other variable")
+        if "\0" in str(config.env[name]):
+            raise ConfigError(f"{path}.env.{name}", "holds a NUL character", "a text")
+    return config
+
+
+def check_cluster_name(name: Any) -> str:
+    """Return the cluster's name.
+
+    Raises:
+        ConfigError: It cannot name a directory and a job.
+    """
+    if not isinstance(name, str) or not _CLUSTER_NAME.fullmatch(name):
+        raise ConfigError(
+            "cluster_name", f"{name!r} cannot name a cluster", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
+        )
+    return name
+
+
+def _refuse_protected(key: str, path: str) -> None:
+    reason = PROTECTED_OPTIONS.get(key.lstrip("-").replace("-", "_"))
+    if reason is not None:
+        raise ConfigError(path, f"the provider sets this option itself: {reason}", "any other option of sbatch")
+
+
+def _read(model: type[Model], section: Any, path: str) -> Model:
+    if not isinstance(section, dict):
+        raise ConfigError(path, f"is {_kind(section)}", "a mapping of keys to values")
+    try:
+        return model.model_validate(section)
+    except ValidationError as error:
+        raise _config_error(error.errors(), model, path) from None
+
+
+def _config_error(errors: list[Any], model: type[BaseModel], path: str) -> ConfigError:
+    # An alternative of a union that does not fit is no news when another key is unknown: unknown keys first.
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    owner, keys = _descend(model, first["loc"])
+    where = path + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    if first["type"] == "extra_forbidden":
+        return ConfigError(where, "unknown key", _nearest(str(keys[-1]), owner))
+    if first["type"] in {"model_type", "model_attributes_type"}:
+        return ConfigError(where, f"is {_kind(first['input'])}", "a mapping of keys to values")
+    same = [error for error in errors if _descend(model, error["loc"])[1] == keys]
+    wanted = " or ".join(dict.fromkeys(_sentence(error) for error in same))
+    return ConfigError(where, f"{_shown(first['input'])} is not allowed: {wanted}", _documentation(owner, keys))
+
+
+def _descend(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[type[BaseModel], list[str | int]]:
+    """Follow an error's location through the models, and into one list or mapping at the end.
+
+    What comes after that names a branch of a union in pydantic, and no key of the YAML.
+    """
+    owner, keys = model, []
+    for index, part in enumerate(location):
+        keys.append(part)
+        field = owner.model_fields.get(str(part))
+        annotation = None if field is None else field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            owner = annotation
+            continue
+        if re.match(r"(typing\.)?(dict|list)\[", str(annotation)):
+            keys.extend(location[index + 1 : index + 2])
+        break
+    return owner, keys
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _documentation(owner: type[BaseModel], keys: list[str | int]) -> str:
+    for key in reversed(keys):
+        field = owner.model_fields.get(str(key))
+        if field is not None and field.description:
+            return field.description
+    return ""
+
+
+def _nearest(key: str, model: type[BaseModel]) -> str:
+    names = [name for name, field in model.model_fields.items() if not (field.json_schema_extra or {})]
+    close = difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    if len(names) > 20:
+        return "the long names of sbatch's options, with _ for -"
+    return ", ".join(names)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,217 @@
+"""Ray's NodeProvider for SLURM: translates and delegates.
+
+# Design:
+A Ray node is a SLURM job; its id is the job id and a launch token, and the job exports it as
+RAY_CLOUD_INSTANCE_ID, by which Ray's autoscaler v2 recognises the raylet. Everything that is known
+lives in SLURM and in the cluster directory, for each `ray` command and the autoscaler on the head are
+processes of their own on hosts of their own. Raising is always safe here, an incomplete answer never:
+Ray takes what is missing for dead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from ray_slurm_provider import bootstrap
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.command_runner import SlurmCommandRunner
+from ray_slurm_provider.config import read_node_config, read_settings
+from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
+from ray_slurm_provider.ray_contract import (
+    NODE_KIND_HEAD,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_USER_NODE_TYPE,
+    NodeLaunchException,
+    NodeProvider,
+    cli_logger,
+)
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _readable(method: Callable[P, T]) -> Callable[P, T]:
+    """Make our errors one message without a traceback in `ray`'s command line."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except SlurmProviderError as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+class SlurmNodeProvider(NodeProvider):
+    """Creates, lists and ends the jobs of one cluster.
+
+    Args:
+        provider_config: The ``provider`` section, as written or bootstrapped.
+        cluster_name: The cluster's name.
+    """
+
+    @_readable
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
+        _log_where_ray_logs()
+
+    @_readable
+    def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        """Return the ids of the nodes that wait or run and have these tags."""
+        return [
+            node_id
+            for node_id, node in self._cluster.nodes().items()
+            if all(node.tags.get(name) == value for name, value in tag_filters.items())
+        ]
+
+    def is_running(self, node_id: str) -> bool:
+        """Tell whether the node's job has its allocation."""
+        return not self._cluster.last_seen(node_id).seen.queued
+
+    @_readable
+    def is_terminated(self, node_id: str) -> bool:
+        """Tell whether the node's job has ended."""
+        return not self._cluster.is_alive(node_id)
+
+    @_readable
+    def node_tags(self, node_id: str) -> dict[str, str]:
+        """Return the node's tags, also when it has just ended."""
+        return dict(self._cluster.last_seen(node_id).tags)
+
+    @_readable
+    def external_ip(self, node_id: str) -> str:
+        """Return the node's address; a name for its job while it has none."""
+        return self._cluster.last_seen(node_id).address
+
+    @_readable
+    def internal_ip(self, node_id: str) -> str:
+        """Return the node's address; a name for its job while it has none."""
+        return self._cluster.last_seen(node_id).address
+
+    @_readable
+    def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:  # noqa: ARG002 Ray's signature
+        """Return the node with an address, a node id, a job id or a host name."""
+        for node_id, node in self._cluster.nodes().items():
+            names = {node_id, node_id.rpartition("-")[0], node.address, node.seen.place}
+            if node.report is not None:
+                names.add(node.report.host)
+            if ip_address in names:
+                return node_id
+        raise click.ClickException(f"no node of cluster {self.cluster_name} has the address {ip_address}")
+
+    def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
+        """Submit the head's job (`ray up` calls this), or the jobs of workers without more ado."""
+        if tags.get(TAG_RAY_NODE_KIND) == NODE_KIND_HEAD:
+            self._create_head(node_config, tags)
+        else:
+            self._create_workers(node_config, tags, count)
+
+    def create_node_with_resources_and_labels(
+        self,
+        node_config: dict[str, Any],
+        tags: dict[str, str],
+        count: int,
+        resources: dict[str, float],  # noqa: ARG002 they are in node_config already
+        labels: dict[str, str],  # noqa: ARG002
+    ) -> None:
+        """Submit the jobs of workers (the autoscaler calls this)."""
+        self._create_workers(node_config, tags, count)
+
+    @_readable
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        """Change tags of a node."""
+        self._cluster.set_tags(node_id, tags)
+
+    @_readable
+    def terminate_node(self, node_id: str) -> None:
+        """Cancel the node's job."""
+        self._cluster.terminate([node_id])
+
+    @_readable
+    def terminate_nodes(self, node_ids: list[str]) -> None:
+        """Cancel the nodes' jobs."""
+        self._cluster.terminate(list(node_ids))
+
+    @_readable
+    def cleanup_cluster_resources(self) -> None:
+        """Wait until the jobs are really gone, and remove the cluster's directory; the end of `ray down`."""
+        self._cluster.clean_up()
+
+    def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Return what the autoscaler on the head reads."""
+        return cluster_config
+
+    def get_command_runner(
+        self,
+        log_prefix: str,  # noqa: ARG002 Ray's signature
+        node_id: str,
+        auth_config: dict[str, Any],  # noqa: ARG002
+        cluster_name: str,  # noqa: ARG002
+        process_runner: Any,  # noqa: ARG002
+        use_internal_ip: bool,  # noqa: ARG002
+        docker_config: dict[str, Any] | None = None,  # noqa: ARG002
+    ) -> SlurmCommandRunner:
+        """Return what runs commands in the node's job."""
+        return SlurmCommandRunner(self._cluster, node_id)
+
+    @staticmethod
+    def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Check our sections and fill in what follows from them; Ray calls this first."""
+        ignored = bootstrap.ignored_start_commands(cluster_config)
+        if ignored:
+            cli_logger.warning("The provider starts Ray itself; these commands are not run: {}", "; ".join(ignored))
+        return bootstrap.fill_out(cluster_config)
+
+    @staticmethod
+    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a YAML with a mistake; Ray calls this second."""
+        return bootstrap.bootstrap(cluster_config)
+
+    @_readable
+    def _create_head(self, node_config: dict[str, Any], tags: dict[str, str]) -> None:
+        node_type = tags[TAG_RAY_USER_NODE_TYPE]
+        config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
+        node_id = self._cluster.create_head(node_type, config, tags)
+        cli_logger.print("Submitted the head as job {}", node_id.rpartition("-")[0])
+
+    def _create_workers(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
+        node_type = tags[TAG_RAY_USER_NODE_TYPE]
+        try:
+            config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
+            self._cluster.create_workers(node_type, config, tags, count)
+        except SlurmProviderError as error:
+            logger.error("could not submit %d jobs of type %s: %s", count, node_type, error)  # noqa: TRY400 the text says it
+            raise NodeLaunchException(_category(error), str(error), None) from error
+
+
+def _category(error: SlurmProviderError) -> str:
+    """Return a word of less than 20 characters, as NodeLaunchException wants it."""
+    if isinstance(error, SubmitRejected):
+        return f"slurm-{error.category}"[:19]
+    return "slurm-unavailable" if isinstance(error, SlurmError) else "slurm-provider"
+
+
+def _log_where_ray_logs() -> None:
+    """Let our log lines reach monitor.log: Ray's autoscaler gives a handler to its own logger only."""
+    ours = logging.getLogger("ray_slurm_provider")
+    if any(word.endswith("monitor.py") for word in sys.argv[:1]) and not ours.handlers:
+        for handler in logging.getLogger("ray").handlers:
+            ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+        logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
+
+
+def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
+    # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
+    return "legacy field" not in record.getMessage()

@@ -1,0 +1,71 @@
+"""What a person sees while the head's job waits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.status import Status
+
+    from ray_slurm_provider.cluster import Node
+
+_REPEAT_S = 300.0
+
+
+class HeadProgress:
+    """Shows a node's state: one live line in a terminal, elsewhere a line for each change.
+
+    Args:
+        log: The job's log, to be named.
+        console: Where to write; standard output when None.
+    """
+
+    def __init__(self, log: Path, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._log = log
+        self._last = ""
+        self._said_at = float("-inf")
+        self._began = time.monotonic()
+        self._status: Status | None = None
+
+    def __enter__(self) -> HeadProgress:
+        """Begin; name the log."""
+        self._console.print(f"log: {self._log}", markup=False)
+        if self._console.is_terminal:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the live line away."""
+        if self._status is not None:
+            self._status.stop()
+
+    def tell(self, node: Node) -> None:
+        """Show how the node stands."""
+        text = describe(node)
+        if self._status is not None:
+            self._status.update(f"{text} ({time.monotonic() - self._began:.0f} s)")
+        now = time.monotonic()
+        if self._status is None and (text != self._last or now - self._said_at > _REPEAT_S):
+            self._console.print(text, markup=False)
+            self._last, self._said_at = text, now
+
+
+def describe(node: Node) -> str:
+    """Return one line on a node: job, state, reason, start estimate or place."""
+    seen = node.seen
+    parts = [f"job {node.node_id}", seen.state]
+    if seen.queued:
+        parts += [f"reason {seen.reason}"] if seen.reason else []
+        parts += [f"start expected {seen.start}"] if seen.start else []
+    else:
+        parts += [f"on {seen.place}"] if seen.place else []
+        parts += ["Ray is up" if node.ready else "Ray is starting"]
+    return ", ".join(parts)

@@ -1,0 +1,51 @@
+"""Every name and file of Ray that this package relies on, in one place; the contract tests look at each.
+
+Together with ``node_provider``, ``command_runner`` and ``bootstrap`` the only module that imports Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ray.autoscaler
+from ray.autoscaler._private.cli_logger import cf, cli_logger
+from ray.autoscaler.command_runner import CommandRunnerInterface
+from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import (
+    NODE_KIND_HEAD,
+    STATUS_UP_TO_DATE,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
+from ray.util.accelerators import accelerators
+
+__all__ = [
+    "CommandRunnerInterface",
+    "NodeLaunchException",
+    "NodeProvider",
+    "cf",
+    "cli_logger",
+    "NODE_KIND_HEAD",
+    "STATUS_UP_TO_DATE",
+    "TAG_RAY_NODE_KIND",
+    "TAG_RAY_NODE_STATUS",
+    "TAG_RAY_USER_NODE_TYPE",
+    "accelerator_names",
+    "cluster_schema",
+]
+
+
+def accelerator_names() -> list[str]:
+    """Return Ray's names of accelerators (ray/util/accelerators/accelerators.py)."""
+    return sorted({value for name, value in vars(accelerators).items() if name.isupper() and isinstance(value, str)})
+
+
+def cluster_schema() -> dict[str, Any]:
+    """Return Ray's own JSON Schema of a cluster YAML."""
+    path = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
+    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return schema

@@ -1,0 +1,134 @@
+"""What a node says of itself: small JSON files in the cluster directory. Standard library only.
+
+The job writes them, everybody else reads them. They tell addresses and reasons; whether a node exists is
+SLURM's to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_slurm_provider.files import read_json_object, write_json
+
+STARTING = "starting"
+READY = "ready"
+ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """The state of one Ray node as its own job sees it.
+
+    Attributes:
+        node_id: Whose report this is.
+        phase: `STARTING`, `READY` or `ENDED`.
+        host: Host name.
+        slurm_node: Name of the SLURM node.
+        address: The address that Ray uses; "" when not chosen yet.
+        ports: Ray's ports by name; a head has ``gcs``, ``client`` and ``dashboard``.
+        temp_dir: Ray's temporary directory on that host.
+        reason: Why it ended; "" while it lives.
+        time: When this was written, seconds since the epoch.
+    """
+
+    node_id: str
+    phase: str
+    host: str = ""
+    slurm_node: str = ""
+    address: str = ""
+    ports: dict[str, int] = field(default_factory=dict)
+    temp_dir: str = ""
+    reason: str = ""
+    time: float = field(default_factory=time.time)
+
+    @property
+    def gcs_address(self) -> str:
+        """Return what RAY_ADDRESS holds, "" when this is no head."""
+        port = self.ports.get("gcs")
+        return f"{bracketed(self.address)}:{port}" if self.address and port else ""
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where the reports of a cluster are.
+
+    Attributes:
+        root: The cluster directory.
+    """
+
+    root: Path
+
+    @property
+    def nodes(self) -> Path:
+        """The directory of all reports."""
+        return self.root / "nodes"
+
+    def report(self, node_id: str) -> Path:
+        """The report of a node."""
+        return self.nodes / f"{node_id}.json"
+
+    def reason(self, node_id: str) -> Path:
+        """Why a node did not come up, as plain text: the batch script can write that."""
+        return self.nodes / f"{node_id}.reason"
+
+    def go(self, token: str) -> Path:
+        """The sign for the head's job that everything it needs is in place."""
+        return self.nodes / f"{token}.go"
+
+    @property
+    def head(self) -> Path:
+        """The report of the head, under a fixed name."""
+        return self.root / "head.json"
+
+    @property
+    def head_environment(self) -> Path:
+        """Shell exports with which a command runs as if the head's job had started it."""
+        return self.root / "head_env.sh"
+
+
+def write_report(paths: ReportPaths, report: NodeReport, *, head: bool) -> None:
+    """Write a node's report; a cluster directory that is gone stays gone."""
+    with contextlib.suppress(FileNotFoundError):
+        write_json(paths.report(report.node_id), asdict(report))
+        if head:
+            write_json(paths.head, asdict(report))
+
+
+def read_report(path: Path) -> NodeReport | None:
+    """Return the report in a file, None when there is none that can be read."""
+    value = read_json_object(path)
+    return None if value is None else _from_json(value)
+
+
+def read_reason(path: Path) -> str:
+    """Return why a node did not come up, "" when nobody wrote that."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def bracketed(address: str) -> str:
+    """Return an address as it stands before a port."""
+    return f"[{address}]" if ":" in address else address
+
+
+def _from_json(value: dict[str, Any]) -> NodeReport | None:
+    try:
+        return NodeReport(
+            node_id=str(value["node_id"]),
+            phase=str(value["phase"]),
+            host=str(value.get("host", "")),
+            slurm_node=str(value.get("slurm_node", "")),
+            address=str(value.get("address", "")),
+            ports={str(name): int(port) for name, port in dict(value.get("ports") or {}).items()},
+            temp_dir=str(value.get("temp_dir", "")),
+            reason=str(value.get("reason", "")),
+            time=float(value.get("time", 0)),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
