@@ -69,6 +69,7 @@ def render(spec: JobSpec) -> str:
     Raises:
         ConfigError: A value cannot stand in a directive.
     """
+    agent = json.dumps(dict(spec.agent), sort_keys=True)
     directives = "\n".join(_directive(name, value) for name, value in sorted(directive_values(spec).items()))
     return "\n".join(
         [
@@ -77,23 +78,21 @@ def render(spec: JobSpec) -> str:
             "",
             f"# Ray node of type {json.dumps(spec.node_type)}; made by ray-slurm-provider.",
             f"export RAY_SLURM_DIR={shlex.quote(str(spec.cluster_dir))}",
-            'export RAY_CLOUD_INSTANCE_ID="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}'
-            + '${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}'
-            + f'-{spec.token}"',
+            (
+                'export RAY_CLOUD_INSTANCE_ID="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}'
+                "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+                f'-{spec.token}"'
+            ),
             f"export RAY_NODE_TYPE_NAME={shlex.quote(spec.node_type)}",
             *([f'export PATH={shlex.quote(spec.path_prefix)}:"$PATH"'] if spec.path_prefix else []),
             "cd || :",
             "",
             static_part().rstrip(),
             "",
-            *(
-                [f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"']
-                if spec.wait_for_go
-                else []
-            ),
+            *([f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"'] if spec.wait_for_go else []),
             *(f"export {name}={shlex.quote(str(value))}" for name, value in sorted(spec.env.items())),
             *(f"ray_slurm_step {shlex.quote(where)} {shlex.quote(command)}" for where, command in spec.steps),
-            f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(json.dumps(dict(spec.agent), sort_keys=True))}",
+            f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(agent)}",
             "",
         ]
     )

@@ -106,7 +106,9 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(types, dict) or not types:
         raise ConfigError("available_node_types", "is no mapping of node types", "one entry per node type")
     if config.get("head_node_type") not in types:
-        raise ConfigError("head_node_type", f"{config.get('head_node_type')!r} is no node type", ", ".join(map(str, types)))
+        raise ConfigError(
+            "head_node_type", f"{config.get('head_node_type')!r} is no node type", ", ".join(map(str, types))
+        )
     names = accelerator_names()
     for name, node_type in types.items():
         _resolve_type(config, str(name), node_type, names)
@@ -165,7 +167,9 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
     }
 
 
-def _steps(config: dict[str, Any], name: str, node_type: dict[str, Any], node_config: NodeConfig) -> Iterator[tuple[str, str]]:
+def _steps(
+    config: dict[str, Any], name: str, node_type: dict[str, Any], node_config: NodeConfig
+) -> Iterator[tuple[str, str]]:
     """Yield the commands of a node in Ray's order, each with its YAML path.
 
     Ray has merged ``setup_commands`` into the head's and the workers' lists already, and the lists of a
@@ -196,12 +200,20 @@ def _check_provider_keys(provider: dict[str, Any]) -> None:
     for key in provider:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"provider.{key}", "unknown key", f"did you mean {close[0]}?" if close else "type, module, slurm")
+            raise ConfigError(
+                f"provider.{key}",
+                "unknown key",
+                f"did you mean {close[0]}?" if close else "type, module, slurm",
+            )
 
 
 def _refuse_docker(config: dict[str, Any]) -> None:
     if (config.get("docker") or {}) != {}:
-        raise ConfigError("docker", "Ray's docker section does not work in SLURM jobs", "leave it out; start the container in the site's own way")
+        raise ConfigError(
+            "docker",
+            "Ray's docker section does not work in SLURM jobs",
+            "leave it out; start the container in the site's own way",
+        )
 
 
 def _check_by_schema(config: dict[str, Any]) -> None:
@@ -209,7 +221,9 @@ def _check_by_schema(config: dict[str, Any]) -> None:
     try:
         jsonschema.validate(config, cluster_schema())
     except jsonschema.ValidationError as error:
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path).lstrip(".")
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path).lstrip(
+            "."
+        )
         raise ConfigError(where or "the YAML", error.message) from None
     minimum = sum(entry.get("min_workers", 0) for entry in config["available_node_types"].values())
     if minimum > config["max_workers"]:

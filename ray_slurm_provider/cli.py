@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 
 import click
 
@@ -18,6 +20,28 @@ def cli() -> None:
 
 
 cli.add_command(sandbox)
+
+_yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@_yaml
+def env(config: Path) -> None:
+    """Print the exports for: eval "$(ray-slurm env CLUSTER.yaml)"."""
+    from ray_slurm_provider.cluster_yaml import open_cluster  # noqa: PLC0415 imports Ray, which takes a second
+
+    for name, value in open_cluster(config).access().items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+
+
+@cli.command()
+@_yaml
+@click.argument("node_type")
+def render(config: Path, node_type: str) -> None:
+    """Print the batch script of NODE_TYPE without submitting it."""
+    from ray_slurm_provider import cluster_yaml  # noqa: PLC0415 as above
+
+    click.echo(cluster_yaml.script(config, node_type), nl=False)
 
 
 def main() -> None:

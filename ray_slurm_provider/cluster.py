@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, access_environment
 from ray_slurm_provider.backends.base import Launch
-from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
+from ray_slurm_provider.backends.slurm_jobs import SlurmJobs, preview_script
 from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
@@ -46,7 +46,15 @@ _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
-_NOT_FOR_JOBS = ("RAY_", "AUTOSCALER_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "PMI_", "PMIX_")
+_NOT_FOR_JOBS = (
+    "RAY_",
+    "AUTOSCALER_",
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "PMI_",
+    "PMIX_",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ class Node:
 
 
 def join(
-    sightings: Iterable[Sighting], diary: Diary, report_of: Callable[[str], NodeReport | None], only_head: str = ""
+    sightings: Iterable[Sighting],
+    diary: Diary,
+    report_of: Callable[[str], NodeReport | None],
+    only_head: str = "",
 ) -> dict[str, Node]:
     """Return the cluster's nodes, alive or just ended, by id.
 
@@ -187,6 +198,20 @@ class Cluster:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head), None)
 
+    def access(self) -> dict[str, str]:
+        """Return the variables that a shell needs to use the cluster.
+
+        Raises:
+            StateError: No head is up.
+        """
+        report = self.directory.head_report()
+        if report is None or report.phase != READY:
+            raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
+        return {
+            "RAY_ADDRESS": report.gcs_address,
+            **access_environment(self.directory.root, token_auth=self.settings.token_auth),
+        }
+
     def log_of(self, node_id: str) -> Path:
         """Return where the job of a node writes."""
         return log_path(self.directory.root, node_id)
@@ -228,11 +253,11 @@ class Cluster:
         launch = self._launch(node_type, config, tags, environ, head, gcs_address)
         return [self._create(launch) for _ in range(count)]
 
-    def preview(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], *, head: bool) -> Launch:
-        """Return a launch as it would be made, for printing its script."""
-        if head:
-            return self._launch(node_type, config, tags, {})
-        return self._launch(node_type, config, tags, {}, "HEAD", "HEAD_ADDRESS:PORT")
+    def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
+        """Return the batch script of a node without submitting it."""
+        tags = {TAG_TYPE: node_type}
+        launch = self._launch(node_type, config, tags, {}, *(() if head else ("HEAD", "HEAD_ADDRESS:PORT")))
+        return preview_script(launch)
 
     def terminate(self, node_ids: list[str]) -> None:
         """End nodes; a node that has ended already is no error."""
@@ -257,7 +282,9 @@ class Cluster:
         token = node_id.rpartition("-")[2]
         self.directory.let_head_start(token, autoscaler_v2=autoscaler_v2, usage_stats=usage_stats)
 
-    def wait_for_head(self, node_id: str, tell: Callable[[Node], None], poll_s: float = 0.2, ask_s: float = 2.0) -> Node:
+    def wait_for_head(
+        self, node_id: str, tell: Callable[[Node], None], poll_s: float = 0.2, ask_s: float = 2.0
+    ) -> Node:
         """Wait as long as it takes until Ray runs on the head.
 
         Args:
@@ -297,7 +324,10 @@ class Cluster:
             return not left
 
         if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
-            raise StateError(f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s; {self.directory.root} stays")
+            raise StateError(
+                f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s;"
+                f" {self.directory.root} stays"
+            )
         self.directory.remove()
 
     # -- inside ---------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ import secrets
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
@@ -36,6 +35,7 @@ from ray_slurm_provider.reports import NodeReport, ReportPaths, read_reason, rea
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 

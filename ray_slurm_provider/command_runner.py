@@ -48,6 +48,14 @@ class HeadStartError(click.ClickException):
         self.stderr = message
 
 
+class CommandFailed(click.ClickException):
+    """A command on the node failed; `ray exec` ends with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the command ended with exit code {code}")
+        self.exit_code = code  # type: ignore[misc]
+
+
 class SlurmCommandRunner(CommandRunnerInterface):
     """Runs commands in the job of one node.
 
@@ -74,7 +82,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
     ) -> str:
         """Run a command on the node, or do what it stands for; see the interface in Ray."""
         if cmd is None or port_forward:
-            raise click.ClickException("port forwarding is not supported yet; use the address that `ray get-head-ip` prints")
+            raise click.ClickException(
+                "port forwarding is not supported yet; use the address that `ray get-head-ip` prints"
+            )
         if environment_variables is not None:
             if "ray start" in cmd:
                 self._start_head(cmd, environment_variables)
@@ -135,7 +145,12 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if report is None:
             return
         config = next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), "CLUSTER.yaml")
-        cli_logger.success("Ray answers at {} (job {}, {})", report.gcs_address, self._node_id, report.slurm_node or report.host)
+        cli_logger.success(
+            "Ray answers at {} (job {}, {})",
+            report.gcs_address,
+            self._node_id,
+            report.slurm_node or report.host,
+        )
         cli_logger.print("Use it from this shell:")
         cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(config))
 
@@ -158,9 +173,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         except OSError as error:
             raise click.ClickException(f"srun: {error.strerror}") from error
         if done.returncode:
-            failure = click.ClickException(f"the command ended with exit code {done.returncode}")
-            failure.exit_code = done.returncode
-            raise failure
+            raise CommandFailed(done.returncode)
         return done.stdout or ""
 
     def _srun_command(self, cmd: str, *, terminal: bool) -> list[str]:
@@ -192,9 +205,7 @@ def copy(source: str, target: str) -> None:
     origin, goal = Path(source).expanduser(), Path(target).expanduser()
     if not origin.exists():
         raise click.ClickException(f"{source} does not exist")
-    if origin.is_dir() and not source.endswith("/"):
-        goal = goal / origin.name
-    elif origin.is_file() and (target.endswith("/") or goal.is_dir()):
+    if (origin.is_dir() and not source.endswith("/")) or (origin.is_file() and (target.endswith("/") or goal.is_dir())):
         goal = goal / origin.name
     try:
         if goal.exists() and origin.samefile(goal):

@@ -95,7 +95,7 @@ def _memory(value: int | str) -> int | str:
 def _time(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         raise ValueError(  # noqa: TRY004 pydantic turns a ValueError into its own error
-            f'must be in quotes: YAML reads 01:30:00 without them as the number 5400; this one is now {value}'
+            f"must be in quotes: YAML reads 01:30:00 without them as the number 5400; this one is now {value}"
         )
     return value
 
@@ -295,7 +295,7 @@ class NodeConfig(_Section):
     sbatch: SbatchOptions = SbatchOptions()
     """Options for sbatch."""
     setup: list[ShellLine] = []
-    """Shell lines that run last before Ray starts, in the same shell: ``module load``, ``conda activate``, ``export``."""
+    """Shell lines that run last before Ray starts, in the same shell: ``module load``, ``export``."""
     env: dict[str, Annotated[str | int | float, BeforeValidator(_not_bool)]] = {}
     """Environment variables of the job."""
     ray_start_args: list[Line] = []
@@ -314,7 +314,7 @@ class SlurmSettings(_Section):
     slurm_bin: Line | None = None
     """Directory of sbatch, squeue and the others; PATH when it is not given."""
     interface: Line | None = None
-    """Network interface whose address Ray uses, for example ``ib0``; the address of the SLURM node when it is not given."""
+    """Network interface whose address Ray uses, for example ``ib0``; else the address of the SLURM node."""
     temp_dir: Line = "/tmp"  # noqa: S108 the agent makes a private directory in it
     """Directory for Ray's temporary files on the compute node; may name variables, for example ``$SLURM_TMPDIR``."""
     token_auth: bool = True
@@ -338,7 +338,9 @@ class SlurmSettings(_Section):
         """
         path = os.path.expanduser(os.path.expandvars(self.state_dir))  # noqa: PTH111 variables may hold "~"
         if not os.path.isabs(path):  # noqa: PTH117
-            raise ConfigError("provider.slurm.state_dir", f"{path!r} is not absolute", "an absolute path, or one with ~")
+            raise ConfigError(
+                "provider.slurm.state_dir", f"{path!r} is not absolute", "an absolute path, or one with ~"
+            )
         return Path(os.path.normpath(path))
 
 
@@ -393,7 +395,9 @@ def check_cluster_name(name: Any) -> str:
     """
     if not isinstance(name, str) or not _CLUSTER_NAME.fullmatch(name):
         raise ConfigError(
-            "cluster_name", f"{name!r} cannot name a cluster", "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first"
+            "cluster_name",
+            f"{name!r} cannot name a cluster",
+            "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first",
         )
     return name
 
@@ -472,7 +476,14 @@ def _nearest(key: str, model: type[BaseModel]) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "empty"
-    names = {dict: "a mapping", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "a text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)
 
 

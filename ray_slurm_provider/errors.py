@@ -57,7 +57,12 @@ class SlurmError(SlurmProviderError):
     """
 
     def __init__(
-        self, argv: Sequence[str], returncode: int | None, stdout: str = "", stderr: str = "", advice: str = ""
+        self,
+        argv: Sequence[str],
+        returncode: int | None,
+        stdout: str = "",
+        stderr: str = "",
+        advice: str = "",
     ) -> None:
         self.argv = list(argv)
         self.returncode = returncode
@@ -93,9 +98,7 @@ class SubmitRejected(SlurmError):
             ``NodeLaunchException`` allows no more).
     """
 
-    def __init__(
-        self, argv: Sequence[str], returncode: int | None, stdout: str, stderr: str, category: str
-    ) -> None:
+    def __init__(self, argv: Sequence[str], returncode: int | None, stdout: str, stderr: str, category: str) -> None:
         self.category = category
         super().__init__(argv, returncode, stdout, stderr)
 

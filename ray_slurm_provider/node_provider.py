@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -31,6 +29,9 @@ from ray_slurm_provider.ray_contract import (
     NodeProvider,
     cli_logger,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class SlurmNodeProvider(NodeProvider):
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
-        _log_where_ray_logs()
+        # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
+        logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
 
     @_readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
@@ -201,17 +203,5 @@ def _category(error: SlurmProviderError) -> str:
     return "slurm-unavailable" if isinstance(error, SlurmError) else "slurm-provider"
 
 
-def _log_where_ray_logs() -> None:
-    """Let our log lines reach monitor.log: Ray's autoscaler gives a handler to its own logger only."""
-    ours = logging.getLogger("ray_slurm_provider")
-    if any(word.endswith("monitor.py") for word in sys.argv[:1]) and not ours.handlers:
-        for handler in logging.getLogger("ray").handlers:
-            ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
-        logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
-
-
 def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
-    # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
     return "legacy field" not in record.getMessage()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.status import Status
+    from typing_extensions import Self
 
     from ray_slurm_provider.cluster import Node
 
@@ -34,7 +35,7 @@ class HeadProgress:
         self._began = time.monotonic()
         self._status: Status | None = None
 
-    def __enter__(self) -> HeadProgress:
+    def __enter__(self) -> Self:
         """Begin; name the log."""
         self._console.print(f"log: {self._log}", markup=False)
         if self._console.is_terminal:

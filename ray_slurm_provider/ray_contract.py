@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ray.autoscaler
-from ray.autoscaler._private.cli_logger import cf, cli_logger
+from ray.autoscaler._private.cli_logger import cli_logger
+from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
@@ -27,7 +28,6 @@ __all__ = [
     "CommandRunnerInterface",
     "NodeLaunchException",
     "NodeProvider",
-    "cf",
     "cli_logger",
     "NODE_KIND_HEAD",
     "STATUS_UP_TO_DATE",
@@ -36,6 +36,7 @@ __all__ = [
     "TAG_RAY_USER_NODE_TYPE",
     "accelerator_names",
     "cluster_schema",
+    "prepare_config",
 ]
 
 

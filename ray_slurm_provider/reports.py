@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider.files import read_json_object, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STARTING = "starting"
 READY = "ready"

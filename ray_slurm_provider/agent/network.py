@@ -175,5 +175,7 @@ def _ipv6_addresses(interface: str) -> list[str]:
         return []
     rows = [line.split() for line in lines]
     return [
-        str(ipaddress.ip_address(int(row[0], 16).to_bytes(16, "big"))) for row in rows if row[5] == interface and row[3] == "00"
+        str(ipaddress.ip_address(int(row[0], 16).to_bytes(16, "big")))
+        for row in rows
+        if row[5] == interface and row[3] == "00"
     ]

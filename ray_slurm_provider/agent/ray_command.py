@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from ray_slurm_provider.agent.spec import AgentSpec
 
@@ -54,11 +55,15 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
 
 
 def start_environment(
-    spec: AgentSpec, resources: Mapping[str, int], gcs_address: str, ports: Mapping[str, int], go: Mapping[str, object]
+    spec: AgentSpec,
+    resources: Mapping[str, int],
+    gcs_address: str,
+    ports: Mapping[str, int],
+    go: Mapping[str, object],
 ) -> dict[str, str]:
     """Return the variables that ``ray start`` gets in addition to the job's own."""
     result = {
-        **access_environment(spec),
+        **access_environment(spec.directory, token_auth=spec.token_auth),
         "RAY_OVERRIDE_RESOURCES": json.dumps(dict(resources), sort_keys=True),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(0 if spec.is_head else max(spec.drain_s - _DRAIN_MARGIN_S, 0)),
     }
@@ -82,14 +87,14 @@ def start_environment(
     }
 
 
-def access_environment(spec: AgentSpec) -> dict[str, str]:
+def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]:
     """Return the variables that make a process of Ray know the cluster's token.
 
     The mode is always set: with it unset, Ray's behaviour depends on files in the user's home.
     """
-    if not spec.token_auth:
+    if not token_auth:
         return {"RAY_AUTH_MODE": "disabled"}
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(spec.directory / "auth_token")}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster_dir / "auth_token")}
 
 
 def promised_resources(spec: AgentSpec, allocated: Mapping[str, int]) -> dict[str, int]:

@@ -28,8 +28,9 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, ray_command
@@ -121,7 +122,9 @@ class Supervisor:
 
     def _prepare(self) -> tuple[list[str], dict[str, str]]:
         if importlib.util.find_spec("ray") is None:
-            raise StartError(f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there")
+            raise StartError(
+                f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there"
+            )
         self._publish()
         for path in sweep_temp_dirs(self._spec.temp_dir):
             logger.info("removed %s, left behind by a job that was killed", path)
@@ -141,7 +144,11 @@ class Supervisor:
         added = ray_command.start_environment(self._spec, resources, self._report.gcs_address, ports, go)
         logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], address)
         # What the user's `env` says about Ray's own knobs wins.
-        return command, {**added, **self._environ, **{name: added[name] for name in added if name.startswith(("RAY_OVERRIDE", "RAY_AUTH"))}}
+        return command, {
+            **added,
+            **self._environ,
+            **{name: added[name] for name in added if name.startswith(("RAY_OVERRIDE", "RAY_AUTH"))},
+        }
 
     def _job_facts(self) -> Mapping[str, str]:
         return self._slurm.job_facts(job_id_of(self._node_id))
@@ -157,7 +164,9 @@ class Supervisor:
         """Start Ray and wait for the end; return why and with which exit code."""
         for _ in range(_START_ATTEMPTS):
             reason, code = self._run_ray(command, environment, wakeup)
-            lost_a_port = self._report.phase == STARTING and re.search(rb"[Aa]ddress already in use|port.{1,40} in use", self._tail)
+            lost_a_port = self._report.phase == STARTING and re.search(
+                rb"[Aa]ddress already in use|port.{1,40} in use", self._tail
+            )
             if not (self._spec.is_head and lost_a_port and not self._signals):
                 break
             logger.warning("somebody took a port in the meantime; trying others")
@@ -168,7 +177,11 @@ class Supervisor:
     def _run_ray(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
         logger.info("starting %s", shlex.join(command))
         self._child = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent,  # noqa: PLW1509 this process has no threads
         )
         output = self._child.stdout
@@ -296,7 +309,8 @@ class Supervisor:
                 if job.alive
                 and job.job_id != own
                 and (certificate := read_certificate(job.comment)) is not None
-                and (certificate.cluster, certificate.home, certificate.head) == (self._spec.cluster, self._spec.home, head)
+                and (certificate.cluster, certificate.home, certificate.head)
+                == (self._spec.cluster, self._spec.home, head)
             ]
             if doomed:
                 logger.info("cancelling the cluster's jobs %s", " ".join(doomed))
@@ -306,9 +320,8 @@ class Supervisor:
 
     # -- telling others -------------------------------------------------------------------------
 
-    def _publish(self, **changes: object) -> None:
-        values = {**self._report.__dict__, "time": time.time(), **changes}
-        self._report = NodeReport(**values)  # type: ignore[arg-type]
+    def _publish(self, **changes: Any) -> None:
+        self._report = replace(self._report, time=time.time(), **changes)
         if self._report.phase == ENDED and self._spec.is_head and self._replaced():
             return
         write_report(self._paths, self._report, head=self._spec.is_head)
@@ -321,11 +334,9 @@ class Supervisor:
         """Return shell lines that give a command the environment of this job."""
         left_out = re.compile(r"SLURM|RAY_OVERRIDE|(PWD|OLDPWD|SHLVL|_)$")
         variables = {
-            name: value
-            for name, value in self._environ.items()
-            if name.isidentifier() and not left_out.match(name)
+            name: value for name, value in self._environ.items() if name.isidentifier() and not left_out.match(name)
         }
-        variables.update(ray_command.access_environment(self._spec))
+        variables.update(ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth))
         variables["RAY_ADDRESS"] = self._report.gcs_address
         variables["RAY_SLURM_TEMP_DIR"] = self._report.temp_dir
         return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))

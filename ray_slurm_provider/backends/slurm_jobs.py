@@ -47,7 +47,11 @@ class SlurmJobs:
         token, so that none is lost and none is submitted twice.
         """
         certificate = BirthCertificate(
-            launch.cluster, launch.home, new_token(), launch.head, {str(k): str(v) for k, v in launch.tags.items()}
+            launch.cluster,
+            launch.home,
+            new_token(),
+            launch.head,
+            {str(k): str(v) for k, v in launch.tags.items()},
         )
         script = render(job_spec(launch, certificate))
         try:
@@ -119,7 +123,9 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
     try:
         comment = certificate.text()
     except ValueError as error:
-        raise ConfigError(f"available_node_types.{launch.node_type}", str(error), "a shorter cluster or type name") from error
+        raise ConfigError(
+            f"available_node_types.{launch.node_type}", str(error), "a shorter cluster or type name"
+        ) from error
     python = settings.python or ("" if resolved.steps else settings.default_python or "")
     on_path = settings.python or settings.default_python
     agent = AgentSpec(
@@ -157,3 +163,8 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         drain_s=settings.drain_s if launch.head else 0,
         agent=agent.as_json(),
     )
+
+
+def preview_script(launch: Launch) -> str:
+    """Return the batch script that `SlurmJobs.create` would submit, with a token that nobody uses."""
+    return render(job_spec(launch, BirthCertificate(launch.cluster, launch.home, "TOKEN", launch.head, launch.tags)))

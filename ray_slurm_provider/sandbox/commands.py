@@ -38,9 +38,7 @@ def sandbox() -> None:
 @click.option("--cpus", default=_DEFAULTS.cpus, show_default=True, help="CPUs that each node claims.")
 @click.option("--memory", default="4G", show_default=True, help="Memory that each node claims.")
 @_state_dir
-def up(
-    nodes: int, gpu_nodes: int, gpus_per_node: int, gpu_type: str, cpus: int, memory: str, state_dir: Path
-) -> None:
+def up(nodes: int, gpu_nodes: int, gpus_per_node: int, gpu_type: str, cpus: int, memory: str, state_dir: Path) -> None:
     """Start munged, slurmctld and one slurmd per virtual node."""
     try:
         memory_mib = parse_mem_mib(memory)

@@ -6,8 +6,10 @@ The configuration was tried on SLURM 22.05; slurm.conf(5) and gres.conf(5) say w
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # A Unix socket path holds 107 bytes, and slurmstepd adds its own name below the spool directory.
 MAX_STATE_DIR_LENGTH = 60
@@ -143,9 +145,7 @@ def virtual_nodes(spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
 
 def render_slurm_conf(spec: SandboxSpec, paths: SandboxPaths, host: str, user: str, base_port: int) -> str:
     """Return the text of slurm.conf."""
-    head = _SETTINGS.format(
-        host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket
-    )
+    head = _SETTINGS.format(host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket)
     nodes = [
         f"NodeName={node.name} NodeHostname={host} NodeAddr={node.address} Port={node.port}"
         f" CPUs={spec.cpus} RealMemory={spec.memory_mib}"

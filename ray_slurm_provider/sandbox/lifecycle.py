@@ -13,7 +13,7 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.temp_dirs import remove_temp_dirs
@@ -36,7 +36,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TOOLS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
+_TOOLS = (
+    "munged",
+    "munge",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "squeue",
+    "scancel",
+    "scontrol",
+    "sinfo",
+    "srun",
+)
 _PACKAGES = "slurmctld slurmd slurm-client munge"
 _STARTUP_TIMEOUT_S = 30.0
 _JOBS_END_TIMEOUT_S = 15.0
@@ -142,7 +153,7 @@ class Sandbox:
         """Return the environment for a command that shall use this SLURM."""
         return {**clean_environment(os.environ), **self.environment()}
 
-    def _require(self) -> dict[str, dict[str, int | str]]:
+    def _require(self) -> dict[str, Any]:
         record = read_json_object(self.paths.record)
         if record is None:
             raise SandboxError(f"there is no sandbox in {self.paths.root}; start one: ray-slurm sandbox up")
@@ -151,12 +162,16 @@ class Sandbox:
     def _make_root(self) -> None:
         root = self.paths.root
         if len(str(root)) > MAX_STATE_DIR_LENGTH:
-            raise SandboxError(f"{root} is too long: at most {MAX_STATE_DIR_LENGTH} characters (Unix sockets lie below it)")
+            raise SandboxError(
+                f"{root} is too long: at most {MAX_STATE_DIR_LENGTH} characters (Unix sockets lie below it)"
+            )
         if any(character.isspace() or character in "#,\\\"'" for character in str(root)):
             raise SandboxError(f"{root!s}: slurm.conf cannot hold such a path; use one without blanks and quotes")
         if self.exists:
             if daemons.processes_of(self.paths):
-                raise SandboxError(f"a sandbox is up in {root}; end it first: ray-slurm sandbox down --state-dir {root}")
+                raise SandboxError(
+                    f"a sandbox is up in {root}; end it first: ray-slurm sandbox down --state-dir {root}"
+                )
             self._remove()
         try:
             root.mkdir(parents=True, mode=0o755)
@@ -239,7 +254,11 @@ class Sandbox:
             raise SandboxError(f"{name} ended with exit code {done.returncode}")
 
     def _daemon_environment(self) -> dict[str, str]:
-        return {**clean_environment(os.environ), "SLURM_CONF": str(self.paths.slurm_conf), "PATH": _search_path()}
+        return {
+            **clean_environment(os.environ),
+            "SLURM_CONF": str(self.paths.slurm_conf),
+            "PATH": _search_path(),
+        }
 
     def _client(self) -> SlurmClient:
         return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment()))
@@ -250,7 +269,7 @@ class Sandbox:
             lines = tools.run(["sinfo", "--noheader", "--Node", "--format", "%N %T"]).stdout.split("\n")
         except SlurmError:
             return {}
-        return dict(line.split()[:2] for line in lines if len(line.split()) >= 2)  # type: ignore[misc]
+        return dict(line.split()[:2] for line in lines if len(line.split()) >= 2)
 
     def _last_errors(self) -> str:
         """The last complaints of the daemons, for a start that failed."""

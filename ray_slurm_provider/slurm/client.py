@@ -142,7 +142,16 @@ def squeue_argv() -> list[str]:
 
     The user is named by number: a user name may be cut or unknown to the controller's host.
     """
-    return ["squeue", "--user", str(os.getuid()), "--states", "all", "--array", "--format", parse.SQUEUE_FORMAT]
+    return [
+        "squeue",
+        "--user",
+        str(os.getuid()),
+        "--states",
+        "all",
+        "--array",
+        "--format",
+        parse.SQUEUE_FORMAT,
+    ]
 
 
 def rejection_category(stderr: str) -> str:

@@ -177,7 +177,10 @@ def parse_gres(text: str) -> dict[str, tuple[int, str]]:
     """
     result: dict[str, tuple[int, str]] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"(?:gres[:/])?([A-Za-z_]\w*)(?:[:/](?!\d+[KMGT]?$)([\w.+-]+))?(?:[:=](\d+)([KMGT]?))?", part.strip())
+        match = re.fullmatch(
+            r"(?:gres[:/])?([A-Za-z_]\w*)(?:[:/](?!\d+[KMGT]?$)([\w.+-]+))?(?:[:=](\d+)([KMGT]?))?",
+            part.strip(),
+        )
         if not match:
             raise ValueError(f"{part.strip()!r} is not name[:type]:count")
         name, kind, number, unit = match.groups()

@@ -61,11 +61,7 @@ class Completed:
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment without what would change the meaning of a SLURM command."""
-    return {
-        name: value
-        for name, value in environ.items()
-        if name in _KEPT or not name.startswith(_SCRUBBED_PREFIXES)
-    }
+    return {name: value for name, value in environ.items() if name in _KEPT or not name.startswith(_SCRUBBED_PREFIXES)}
 
 
 @dataclass(frozen=True)
@@ -114,9 +110,7 @@ class SlurmTools:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise SlurmUnavailable(
-                argv, None, _text(error.stdout), f"no answer in {self.timeout_s:g} s"
-            ) from error
+            raise SlurmUnavailable(argv, None, _text(error.stdout), f"no answer in {self.timeout_s:g} s") from error
         except OSError as error:
             raise SlurmNotFound(argv, None, "", str(error)) from error
         logger.debug("%s took %.3f s, exit code %d", argv, time.monotonic() - started, done.returncode)
