@@ -1,0 +1,72 @@
+"""Fixtures: one sandbox per test session, and clusters in it that are always taken down."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support import UserCluster, cluster_config, user_environment
+
+from ray_slurm_provider.sandbox.layout import SandboxSpec
+from ray_slurm_provider.sandbox.lifecycle import Sandbox
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """A real SLURM: 3 nodes of 4 CPUs, one with two GPUs besides."""
+    parent = Path(tempfile.mkdtemp(prefix="rst-"))
+    parent.chmod(0o755)
+    box = Sandbox(parent / "s")
+    box.up(SandboxSpec(nodes=3, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
+    yield box
+    box.down()
+    shutil.rmtree(parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def sandbox_environment(sandbox):
+    return sandbox.environment()
+
+
+def _home(parent):
+    home = parent / "home"
+    (home / "tmp").mkdir(parents=True)
+    return home
+
+
+@pytest.fixture
+def make_cluster(sandbox_environment, tmp_path):
+    """Make clusters for one test."""
+    made = []
+    home = _home(tmp_path)
+
+    def make(name, **parts):
+        config = cluster_config(name, tmp_path / "state", **parts)
+        made.append(UserCluster(tmp_path, user_environment(sandbox_environment, home), config))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.destroy()
+
+
+@pytest.fixture(scope="module")
+def module_cluster(sandbox_environment, tmp_path_factory):
+    """Make clusters that the tests of a module share."""
+    made = []
+
+    def make(name, **parts):
+        parent = tmp_path_factory.mktemp(name)
+        config = cluster_config(name, parent / "state", **parts)
+        made.append(UserCluster(parent, user_environment(sandbox_environment, _home(parent)), config))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.destroy()

@@ -1,0 +1,207 @@
+"""Helpers of the tests that use a real SLURM: a cluster as a user has it, through the `ray` command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+RAY_SLURM = [sys.executable, "-m", "ray_slurm_provider.cli"]
+
+
+def wait_for(condition, timeout_s, what, poll_s=0.25):
+    """Return the first true answer; fail with what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s} s in vain: {what}")
+        time.sleep(poll_s)
+
+
+def tasks_script(tmp_path, count, seconds, options="num_cpus=1"):
+    """Write a driver that runs tasks and prints, as JSON, what each saw of its node."""
+    script = tmp_path / f"tasks_{count}_{seconds}_{abs(hash(options))}.py"
+    script.write_text(
+        f"""
+import json, os, time
+import ray
+ray.init(log_to_driver=False)
+
+@ray.remote({options})
+def look():
+    time.sleep({seconds})
+    context = ray.get_runtime_context()
+    return {{
+        "job": os.environ["SLURM_JOB_ID"], "node": context.get_node_id(), "slurm_node": os.environ["SLURMD_NODENAME"],
+        "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "env": {{k: v for k, v in os.environ.items() if k.startswith("MY_")}},
+    }}
+
+print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], timeout=240)))
+"""
+    )
+    return script
+
+
+@dataclass
+class UserCluster:
+    """A cluster YAML and what a user does with it."""
+
+    directory: Path
+    environ: dict[str, str]
+    config: dict[str, Any]
+    children: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def yaml(self):
+        return self.directory / f"{self.config['cluster_name']}.yaml"
+
+    @property
+    def root(self):
+        return Path(self.config["provider"]["slurm"]["state_dir"]) / self.config["cluster_name"]
+
+    def write(self):
+        self.yaml.write_text(yaml.safe_dump(self.config))
+        return self.yaml
+
+    def ray(self, *words, check=True, timeout=180):
+        self.write()
+        done = subprocess.run(
+            [*RAY, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+        if check and done.returncode:
+            raise AssertionError(f"ray {words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def start(self, *words):
+        """Start `ray` and leave it running."""
+        self.write()
+        child = subprocess.Popen(
+            [*RAY, *map(str, words)],
+            env=self.environ,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        self.children.append(child)
+        return child
+
+    def up(self, **options):
+        return self.ray("up", self.yaml, "--no-config-cache", "-y", **options)
+
+    def down(self, **options):
+        return self.ray("down", self.yaml, "-y", **options)
+
+    def run_on_head(self, script, timeout=240):
+        """Run a Python script on the head and return what it printed after RESULT."""
+        done = self.ray("exec", self.yaml, "--no-config-cache", f"python {script}", timeout=timeout)
+        line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
+        return json.loads(line.partition("RESULT ")[2])
+
+    def ray_slurm(self, *words, check=True):
+        done = subprocess.run([*RAY_SLURM, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=60)
+        if check and done.returncode:
+            raise AssertionError(f"ray-slurm {words}: {done.stdout}{done.stderr}")
+        return done
+
+    def access(self):
+        """The environment that `ray-slurm env` gives."""
+        text = self.ray_slurm("env", self.yaml).stdout
+        done = subprocess.run(["bash", "-c", f"{text}\nenv -0"], env=self.environ, capture_output=True, text=True, check=True)
+        return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
+
+    @property
+    def client(self):
+        return SlurmClient(SlurmTools(environ=self.environ))
+
+    def jobs(self, everything=False):
+        """This cluster's jobs; ended ones only when everything is asked for."""
+        name = f"ray-{self.config['cluster_name']}-"
+        return [job for job in self.client.jobs() if job.name.startswith(name) and (everything or job.alive)]
+
+    def workers(self):
+        return [job for job in self.jobs() if not job.name.endswith("-head")]
+
+    def head_job(self):
+        return next((job for job in self.jobs() if job.name.endswith("-head")), None)
+
+    def processes(self, job_id=None):
+        """Processes of this cluster's jobs."""
+        wanted = f"RAY_SLURM_DIR={self.root}".encode()
+        found = []
+        for process in procfs.processes():
+            variables = process.read("environ").split(b"\0")
+            if wanted in variables and (job_id is None or f"SLURM_JOB_ID={job_id}".encode() in variables):
+                found.append(process)
+        return found
+
+    def process(self, job_id, name):
+        return next(p for p in self.processes(job_id) if p.name == name)
+
+    def logs(self):
+        return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(self.root.glob("logs/*.log")))
+
+    def destroy(self):
+        """End whatever is left, after a test that failed too."""
+        for child in self.children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            child.stdout.close()
+        self.client.cancel([job.job_id for job in self.jobs()])
+        procfs.wait_until(lambda: not self.processes(), 15)
+        procfs.end(self.processes(), 5)
+
+
+def user_environment(sandbox_environment, home):
+    """The environment of a user's shell on the login node."""
+    environ = clean_environment(os.environ)
+    for name in [name for name in environ if name.startswith("RAY_")]:
+        del environ[name]
+    return {
+        **environ,
+        **sandbox_environment,
+        "HOME": str(home),
+        "TMPDIR": str(home / "tmp"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_UP_enable_autoscaler_v2": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def cluster_config(name, state_dir, *, head=None, types=None, slurm=None, **top):
+    """A complete cluster YAML as a mapping."""
+    return {
+        "cluster_name": name,
+        "max_workers": 8,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "external",
+            "module": "ray_slurm_provider.node_provider.SlurmNodeProvider",
+            "slurm": {"state_dir": str(state_dir), "update_interval_s": 1, **(slurm or {})},
+        },
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": head or {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}},
+            **(types or {"worker": {"max_workers": 8, "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G"}}}}),
+        },
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        **top,
+    }
