@@ -57,7 +57,7 @@ print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], ti
     return script
 
 
-@dataclass
+@dataclass(eq=False)
 class UserCluster:
     """A cluster YAML and what a user does with it."""
 
@@ -152,6 +152,10 @@ class UserCluster:
 
     def process(self, job_id, name):
         return next(p for p in self.processes(job_id) if p.name == name)
+
+    def head_monitor_log(self):
+        temp_dir = json.loads((self.root / "head.json").read_text())["temp_dir"]
+        return Path(temp_dir) / "session_latest" / "logs" / "monitor.log"
 
     def logs(self):
         return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(self.root.glob("logs/*.log")))

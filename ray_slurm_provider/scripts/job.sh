@@ -42,7 +42,7 @@ ray_slurm_become_agent() {
     else
         ray_slurm_python=$(command -v python || command -v python3) || ray_slurm_fail "the setup commands leave no python on PATH ($PATH)"
     fi
-    "$ray_slurm_python" -c 'import ray_slurm_provider.agent' || ray_slurm_fail "the Python $ray_slurm_python on $(hostname) cannot import ray_slurm_provider: install it there, or activate the right environment in setup"
+    ray_slurm_why=$("$ray_slurm_python" -c 'import ray_slurm_provider.agent' 2>&1) || ray_slurm_fail "the Python $ray_slurm_python on $(hostname) cannot import ray_slurm_provider (${ray_slurm_why##*$'\n'}): install it there, or activate the right environment in setup"
     trap - EXIT
     exec "$ray_slurm_python" -u -m ray_slurm_provider.agent "$2"
 }
