@@ -17,14 +17,17 @@ import click
 import jsonschema
 
 from ray_slurm_provider import resources
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.cluster_yaml import load
 from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema
+from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema, prepare_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from ray_slurm_provider.config import NodeConfig, SlurmSettings
+    from ray_slurm_provider.config import NodeConfig
 
 _REFUSED = "refused"
 # `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.
@@ -120,9 +123,34 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def settings_of(config: dict[str, Any]) -> SlurmSettings:
-    """Return the settings of a configuration."""
-    return read_settings(config["provider"].get("slurm"))
+def resolve_file(path: Path) -> dict[str, Any]:
+    """Return the configuration that `ray up` would work with.
+
+    Raises:
+        ConfigError: The YAML holds a mistake.
+    """
+    config = load(path)
+    for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        # Ray reads these before it asks us, and ends with a bare KeyError.
+        _command_list(config.get(key, ""), key)
+    if isinstance(config.get("max_workers"), bool) or not isinstance(config.get("max_workers"), int):
+        raise ConfigError("max_workers", f"{config.get('max_workers')!r} is not allowed", "a whole number")
+    return resolve(prepare_config(config))
+
+
+def script(path: Path, node_type: str) -> str:
+    """Return the batch script of a node type of a YAML.
+
+    Raises:
+        ConfigError: The YAML holds a mistake, or has no such type.
+    """
+    config = resolve_file(path)
+    types = config["available_node_types"]
+    if node_type not in types:
+        raise ConfigError("available_node_types", f"there is no node type {node_type!r}", ", ".join(types))
+    node_config = read_node_config(types[node_type]["node_config"], f"available_node_types.{node_type}.node_config")
+    cluster = Cluster(config["cluster_name"], read_settings(config["provider"]["slurm"]))
+    return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
 
 
 def ignored_start_commands(config: dict[str, Any]) -> list[str]:

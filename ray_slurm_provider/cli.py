@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import click
 
 from ray_slurm_provider import __version__
+from ray_slurm_provider.cluster_yaml import open_cluster
 from ray_slurm_provider.errors import SlurmProviderError
+from ray_slurm_provider.node_table import node_rows, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
 
 
@@ -28,8 +31,6 @@ _yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_ty
 @_yaml
 def env(config: Path) -> None:
     """Print the exports for: eval "$(ray-slurm env CLUSTER.yaml)"."""
-    from ray_slurm_provider.cluster_yaml import open_cluster  # noqa: PLC0415 imports Ray, which takes a second
-
     for name, value in open_cluster(config).access().items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
@@ -39,9 +40,24 @@ def env(config: Path) -> None:
 @click.argument("node_type")
 def render(config: Path, node_type: str) -> None:
     """Print the batch script of NODE_TYPE without submitting it."""
-    from ray_slurm_provider import cluster_yaml  # noqa: PLC0415 as above
+    from ray_slurm_provider.bootstrap import script  # noqa: PLC0415 imports Ray, which takes a second
 
-    click.echo(cluster_yaml.script(config, node_type), nl=False)
+    click.echo(script(config, node_type), nl=False)
+
+
+@cli.command()
+@_yaml
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@click.option("--watch", is_flag=True, help="Go on until interrupted.")
+def nodes(config: Path, as_json: bool, watch: bool) -> None:
+    """List the cluster's nodes: job, type, state, reason, place, address, time left, log."""
+    cluster = open_cluster(config)
+    if watch:
+        watch_nodes(cluster)
+    elif as_json:
+        click.echo(json.dumps([row.__dict__ for row in node_rows(cluster)], indent=1))
+    else:
+        print_nodes(cluster)
 
 
 def main() -> None:

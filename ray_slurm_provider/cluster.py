@@ -391,6 +391,8 @@ class Cluster:
 
     def _log_end(self, node: Node) -> None:
         failed = node.seen.state not in {"CANCELLED", "COMPLETING", "COMPLETED"} or self.directory.reason(node.node_id)
+        if node.is_head:
+            return  # whoever waits for it tells the user
         if failed:
             logger.warning("%s", self.obituary(node.node_id))
         else:

@@ -81,7 +81,12 @@ class UserCluster:
     def ray(self, *words, check=True, timeout=180):
         self.write()
         done = subprocess.run(
-            [*RAY, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL
+            [*RAY, *map(str, words)],
+            env=self.environ,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
         )
         if check and done.returncode:
             raise AssertionError(f"ray {words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -114,7 +119,9 @@ class UserCluster:
         return json.loads(line.partition("RESULT ")[2])
 
     def ray_slurm(self, *words, check=True):
-        done = subprocess.run([*RAY_SLURM, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=60)
+        done = subprocess.run(
+            [*RAY_SLURM, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=60
+        )
         if check and done.returncode:
             raise AssertionError(f"ray-slurm {words}: {done.stdout}{done.stderr}")
         return done
@@ -122,7 +129,9 @@ class UserCluster:
     def access(self):
         """The environment that `ray-slurm env` gives."""
         text = self.ray_slurm("env", self.yaml).stdout
-        done = subprocess.run(["bash", "-c", f"{text}\nenv -0"], env=self.environ, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["bash", "-c", f"{text}\nenv -0"], env=self.environ, capture_output=True, text=True, check=True
+        )
         return dict(pair.split("=", 1) for pair in done.stdout.split("\0") if "=" in pair)
 
     @property

@@ -20,7 +20,9 @@ def blocked_node(sandbox_environment, sandbox):
     job = subprocess.run(command, env=environ, cwd="/tmp", text=True, capture_output=True, check=True).stdout.strip()
 
     def state():
-        return subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], env=environ, text=True, capture_output=True).stdout.strip()
+        return subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T"], env=environ, text=True, capture_output=True
+        ).stdout.strip()
 
     def free():
         subprocess.run(["scancel", "--quiet", job], env=environ, check=True)
@@ -143,7 +145,11 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
 ):
     types = {
         # On the head's host, for one.
-        "near": {"max_workers": 1, "resources": {"near": 1}, "node_config": {"sbatch": {"mem": "1G", "nodelist": "c1"}}},
+        "near": {
+            "max_workers": 1,
+            "resources": {"near": 1},
+            "node_config": {"sbatch": {"mem": "1G", "nodelist": "c1"}},
+        },
         "queued": {
             "max_workers": 1,
             "min_workers": 1,
@@ -177,7 +183,11 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
     wants_broken = tasks_script(tmp_path, 1, 0, "resources={'broken': 1}")
     driver = one.start("exec", one.yaml, f"python {wants_broken}")
     log = one.head_monitor_log()
-    wait_for(lambda: "worker_setup_commands[0] failed with exit code 1" in log.read_text(), 60, "the reason in the monitor log")
+    wait_for(
+        lambda: "worker_setup_commands[0] failed with exit code 1" in log.read_text(),
+        60,
+        "the reason in the monitor log",
+    )
     assert "| no luck" in log.read_text()
     driver.kill()
 

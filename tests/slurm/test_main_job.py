@@ -59,8 +59,13 @@ def test_ray_up_ends_with_the_address_and_what_to_type_next(cluster):
 
 def test_a_shell_with_the_exports_sees_the_cluster_and_one_without_the_token_does_not(cluster):
     access = cluster.access()
-    assert "worker" not in subprocess.run([*RAY, "status"], env=access, capture_output=True, text=True, check=True).stdout
-    assert (os.stat(cluster.root).st_mode & 0o777, os.stat(access["RAY_AUTH_TOKEN_PATH"]).st_mode & 0o777) == (0o700, 0o600)
+    assert (
+        "worker" not in subprocess.run([*RAY, "status"], env=access, capture_output=True, text=True, check=True).stdout
+    )
+    assert (os.stat(cluster.root).st_mode & 0o777, os.stat(access["RAY_AUTH_TOKEN_PATH"]).st_mode & 0o777) == (
+        0o700,
+        0o600,
+    )
     without = {name: value for name, value in access.items() if not name.startswith("RAY_AUTH")}
     probe = "import ray; ray.init(); print('CONNECTED')"
     for environ in (without, {**without, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):

@@ -1,0 +1,131 @@
+"""The table of a cluster's nodes, for people and for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ray_slurm_provider.cluster import TAG_TYPE
+from ray_slurm_provider.errors import SlurmError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_slurm_provider.cluster import Cluster, Node
+
+_WATCH_S = 2.0
+_WIDTH_WITHOUT_TERMINAL = 160
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One node, each field as text.
+
+    Attributes:
+        id: Node id.
+        type: Ray node type.
+        state: SLURM's state of the job.
+        ray: Whether Ray is up there.
+        reason: SLURM's reason while it waits.
+        host: SLURM node.
+        address: Address that Ray uses.
+        time_left: Until the time limit.
+        start: Start, or its estimate.
+        log: The job's log.
+    """
+
+    id: str
+    type: str
+    state: str
+    ray: str
+    reason: str
+    host: str
+    address: str
+    time_left: str
+    start: str
+    log: str
+
+
+def node_rows(cluster: Cluster) -> list[NodeRow]:
+    """Return a row for each living node, the head first."""
+    nodes = sorted(cluster.nodes().values(), key=lambda node: (not node.is_head, _job_number(node)))
+    return [_row(cluster, node) for node in nodes]
+
+
+def print_nodes(cluster: Cluster) -> None:
+    """Print the table once."""
+    _console().print(_table(node_rows(cluster)))
+
+
+def watch_nodes(cluster: Cluster) -> None:
+    """Show the table until interrupted: live in a terminal, elsewhere at every change."""
+    console = _console()
+    try:
+        if console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                while True:
+                    live.update(_table(_rows_or_none(cluster)), refresh=True)
+                    time.sleep(_WATCH_S)
+        last: list[tuple[str, str, str]] | None = None
+        while True:
+            rows = _rows_or_none(cluster)
+            now = [(row.id, row.state, row.ray) for row in rows]
+            if now != last:
+                console.print(time.strftime("%H:%M:%S"), _table(rows), sep="\n")
+                last = now
+            time.sleep(_WATCH_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
+    try:
+        return node_rows(cluster)
+    except SlurmError as error:
+        _console().print(f"SLURM does not answer: {error}", markup=False)
+        return []
+
+
+def _row(cluster: Cluster, node: Node) -> NodeRow:
+    report = node.report
+    return NodeRow(
+        id=node.node_id,
+        type=node.tags.get(TAG_TYPE, ""),
+        state=node.seen.state,
+        ray="up" if node.ready else "",
+        reason=node.seen.reason if node.seen.queued else "",
+        host=node.seen.place,
+        address=report.address if report else "",
+        time_left=node.seen.time_left,
+        start=node.seen.start,
+        log=str(cluster.log_of(node.node_id)),
+    )
+
+
+def _table(rows: Sequence[NodeRow]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("id", "type", "state", "ray", "reason", "host", "address", "time_left")
+    for column in columns:
+        table.add_column(column.upper().replace("_", " "), no_wrap=True)
+    table.add_column("LOG", overflow="fold")
+    for row in rows:
+        table.add_row(*(getattr(row, column) for column in columns), row.log)
+    if not rows:
+        table.add_row("no nodes", *[""] * len(columns))
+    return table
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+    return Console(width=width, highlight=False, markup=False)
+
+
+def _job_number(node: Node) -> int:
+    digits = node.node_id.partition("-")[0].partition("_")[0]
+    return int(digits) if digits.isdigit() else 0
