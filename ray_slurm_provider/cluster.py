@@ -264,6 +264,8 @@ class Cluster:
         if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
+        with self._lock:
+            self._unlisted.difference_update(node_ids)
         try:
             self._backend.terminate(node_ids)
         finally:

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from fake.harness import FakeSlurm
 from support import UserCluster, cluster_config, user_environment
 
 from ray_slurm_provider.sandbox.layout import SandboxSpec
@@ -70,3 +71,9 @@ def module_cluster(sandbox_environment, tmp_path_factory):
     yield make
     for cluster in made:
         cluster.destroy()
+
+
+@pytest.fixture
+def fake_slurm(tmp_path):
+    """The SLURM tools in miniature, on a PATH of their own, with switches for faults."""
+    return FakeSlurm(tmp_path / "slurm")

@@ -1,0 +1,144 @@
+"""Every name and habit of Ray that we rely on is still there, in the installed Ray."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from ray.autoscaler import tags
+from ray.autoscaler._private import commands, updater, util
+from ray.autoscaler._private.providers import MINIMAL_EXTERNAL_CONFIG
+from ray.autoscaler.node_provider import NodeProvider
+from ray.scripts import scripts
+from support import cluster_config
+
+from ray_slurm_provider import bootstrap, cluster
+from ray_slurm_provider.agent.ray_command import STARTED_MARK, start_command, start_environment
+from ray_slurm_provider.agent.spec import AgentSpec
+from ray_slurm_provider.node_provider import SlurmNodeProvider
+from ray_slurm_provider.ray_contract import cluster_schema, prepare_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "cluster_configs").glob("*.yaml"))
+
+
+def test_our_tags_are_rays():
+    assert tags.TAG_RAY_NODE_KIND == cluster.TAG_KIND
+    assert tags.TAG_RAY_USER_NODE_TYPE == cluster.TAG_TYPE
+    assert tags.TAG_RAY_NODE_STATUS == cluster.TAG_STATUS
+    assert tags.NODE_KIND_HEAD == cluster.KIND_HEAD
+    assert tags.STATUS_UP_TO_DATE == cluster.STATUS_UP_TO_DATE
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, member in inspect.getmembers(SlurmNodeProvider, callable) if not name.startswith("_")]
+)
+def test_our_methods_take_what_ray_gives(name):
+    if not hasattr(NodeProvider, name):
+        assert name == "cleanup_cluster_resources"
+        return
+    theirs = list(inspect.signature(getattr(NodeProvider, name)).parameters)
+    ours = list(inspect.signature(getattr(SlurmNodeProvider, name)).parameters)
+    assert ours == theirs
+
+
+def test_ray_asks_for_the_cleanup_at_the_end():
+    assert "provider.cleanup_cluster_resources()" in inspect.getsource(commands.teardown_cluster)
+
+
+def test_ray_start_has_our_options_and_says_our_word():
+    options = {option for parameter in scripts.start.params for option in parameter.opts}
+    ports = dict.fromkeys(("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics"), 1)
+    for spec in (AgentSpec("c", "d", "/x"), AgentSpec("c", "d", "/x", head="h", gcs_address="a:1")):
+        for word in start_command(spec, "1.1.1.1", ports, "/t")[4:]:
+            assert word.partition("=")[0] in options, word
+    assert STARTED_MARK.decode() in inspect.getsource(scripts.start.callback)
+
+
+def test_ray_knows_the_variables_that_the_head_sets():
+    spec = AgentSpec("c", "d", "/x")
+    ports = dict.fromkeys(("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics"), 1)
+    names = set(start_environment(spec, {}, "a:1", ports, {})) - {
+        "RAY_SLURM_GCS_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_enable_autoscaler_v2",
+    }
+    root = Path(ray.__file__).parent
+    # Only files that hold constants: the whole of Ray takes long to read.
+    text = "".join(
+        path.read_text()
+        for folder in ("_private", "_common", "autoscaler", "dashboard")
+        for path in (root / folder).rglob("*.py")
+        if path.name in {"constants.py", "ray_constants.py", "config.py", "consts.py", "usage_constants.py"}
+    )
+    unknown = {name for name in names if name not in text}
+    # Came after the oldest Ray that we support; without them its defaults hold.
+    assert unknown <= {"RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
+    for name in unknown:
+        assert ray.__version__ < "2.60", name
+
+
+def test_the_updater_prints_our_failure_without_a_traceback():
+    source = inspect.getsource(updater.NodeUpdater.run)
+    assert 'hasattr(e, "cmd")' in source
+    assert 'getattr(e, "stderr"' in source
+
+
+def test_an_error_of_the_first_hook_would_only_be_a_warning():
+    source = inspect.getsource(commands._bootstrap_config)
+    assert (
+        source.index("fillout_available_node_types_resources")
+        < source.index("validate_config(config)")
+        < source.index(".bootstrap_config(config)")
+    )
+
+
+def test_ray_fills_in_what_we_expect():
+    assert set(MINIMAL_EXTERNAL_CONFIG) == {"available_node_types", "head_node_type", "head_node", "worker_nodes"}
+    assert "provider" in cluster_schema()["properties"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_template_is_valid_for_ray_and_for_us(path):
+    config = bootstrap.resolve_file(path)
+    util.validate_config(config)
+    # And on the head, where the autoscaler reads it again in every round.
+    again = prepare_config(yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(config)))))
+    util.validate_config(again)
+
+
+def test_setup_commands_come_in_rays_order():
+    config = cluster_config(
+        "c",
+        "/s",
+        types={
+            "plain": {"node_config": {"setup": ["own"]}},
+            "special": {"node_config": {}, "worker_setup_commands": ["type"], "initialization_commands": ["type init"]},
+        },
+        initialization_commands=["init"],
+        setup_commands=["all"],
+        head_setup_commands=["head"],
+        worker_setup_commands=["worker"],
+    )
+    types = bootstrap.resolve(prepare_config(config))["available_node_types"]
+    steps = {
+        name: [command for _, command in entry["node_config"]["resolved"]["steps"]] for name, entry in types.items()
+    }
+    assert steps == {
+        "head": ["init", "all", "head"],
+        "plain": ["init", "all", "worker", "own"],
+        "special": ["type init", "type"],
+    }
+
+
+def test_the_agent_can_start_ray_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ray.__version__ in done.stdout

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""sbatch, squeue, scancel and scontrol in miniature, by the name it is called with; standard library only.
+
+The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` with the switches
+
+    down        list of tools that cannot reach the controller
+    hang        list of tools that give no answer
+    refuse      what sbatch says when it refuses
+    lost        sbatch submits, but gives no answer
+    squeue      what squeue prints in place of the truth; "half" cuts the last line
+    calls       counted by tool (written, not read)
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(os.environ["FAKE_SLURM_DIR"])
+SEPARATOR = "\x1f"
+
+
+def load(name, default):
+    path = HERE / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def save(name, value):
+    temporary = HERE / f".{name}.{os.getpid()}"
+    temporary.write_text(json.dumps(value))
+    temporary.replace(HERE / name)
+
+
+def directives(script):
+    found = {}
+    for line in script.splitlines():
+        match = re.match(r"#SBATCH --([a-z-]+)(?:=(.*))?$", line)
+        if match:
+            value = match.group(2) or ""
+            if value[:1] in ("'", '"'):
+                value = re.sub(r"\\(.)", r"\1", value[1:-1])
+            found[match.group(1)] = value
+    return found
+
+
+def sbatch(faults):
+    if faults.get("refuse"):
+        sys.exit(f"sbatch: error: Batch job submission failed: {faults['refuse']}")
+    script = sys.stdin.read()
+    jobs = load("jobs.json", [])
+    options = directives(script)
+    number = str(max([int(job["id"]) for job in jobs], default=0) + 1)
+    jobs.append(
+        {
+            "id": number,
+            "state": "PENDING",
+            "name": options["job-name"],
+            "comment": options["comment"],
+            "options": options,
+        }
+    )
+    save("jobs.json", jobs)
+    (HERE / f"script-{number}.sh").write_text(script)
+    if faults.get("lost"):
+        sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    print(number)
+
+
+def squeue(faults):
+    if faults.get("squeue") not in (None, "half"):
+        sys.stdout.write(faults["squeue"])
+        return
+    rows = [["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]]
+    rows += [
+        [
+            job["id"],
+            job["state"],
+            job.get("reason", "None"),
+            "cpu",
+            job.get("nodes", ""),
+            "1:00:00",
+            "N/A",
+            job["name"],
+            job["comment"],
+        ]
+        for job in load("jobs.json", [])
+        if not job.get("forgotten")
+    ]
+    text = "".join(SEPARATOR.join(row) + "\n" for row in rows)
+    sys.stdout.write(text[:-40] if faults.get("squeue") == "half" else text)
+
+
+def scancel(faults):
+    jobs = load("jobs.json", [])
+    for job in jobs:
+        if job["id"] in sys.argv[1:] and job["state"] in ("PENDING", "RUNNING"):
+            job["state"] = "CANCELLED"
+    save("jobs.json", jobs)
+
+
+def scontrol(faults):
+    if sys.argv[1:2] == ["ping"]:
+        print("Slurmctld(primary) at fake is UP")
+        return
+    for job in load("jobs.json", []):
+        if job["id"] == sys.argv[-1] and not job.get("purged"):
+            print(
+                f"JobId={job['id']} JobName={job['name']} JobState={job['state']} Reason=None ExitCode=1:0 Comment={job['comment']}"
+            )
+            return
+    sys.exit("slurm_load_jobs error: Invalid job id specified")
+
+
+def main():
+    tool = Path(sys.argv[0]).name
+    faults = load("faults.json", {})
+    calls = load("calls.json", {})
+    calls[tool] = calls.get(tool, 0) + 1
+    save("calls.json", calls)
+    if tool in faults.get("hang", []):
+        time.sleep(60)
+    if tool in faults.get("down", []):
+        sys.exit(f"{tool}: error: Unable to contact slurm controller (connect failure)")
+    {"sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol}[tool](faults)
+
+
+main()

@@ -1,0 +1,53 @@
+"""Puts the fake tools on a PATH of their own and lets tests read and change what they know."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("fake_slurm.py")
+
+
+class FakeSlurm:
+    """The fake tools in one directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.bin = directory / "bin"
+        self.bin.mkdir(parents=True)
+        text = _SOURCE.read_text().split("\n", 1)[1]
+        for tool in ("sbatch", "squeue", "scancel", "scontrol"):
+            (self.bin / tool).write_text(f"#!{sys.executable} -SE\n{text}")
+            (self.bin / tool).chmod(0o755)
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RAY_"))},
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "FAKE_SLURM_DIR": str(directory),
+        }
+
+    def jobs(self):
+        path = self.directory / "jobs.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def calls(self, tool):
+        path = self.directory / "calls.json"
+        return json.loads(path.read_text()).get(tool, 0) if path.exists() else 0
+
+    def script(self, job_id):
+        return (self.directory / f"script-{job_id}.sh").read_text()
+
+    def change(self, job_id, **fields):
+        jobs = self.jobs()
+        for job in jobs:
+            if job["id"] == str(job_id):
+                job.update(fields)
+        (self.directory / "jobs.json").write_text(json.dumps(jobs))
+
+    def faults(self, **switches):
+        (self.directory / "faults.json").write_text(json.dumps(switches))
+
+    def remove(self):
+        shutil.rmtree(self.directory)

@@ -1,0 +1,266 @@
+"""The cluster service over the fake tools: what it believes, and what it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_slurm_provider.cluster import TAG_KIND, TAG_STATUS, TAG_TYPE, Cluster
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.errors import (
+    HeadFailed,
+    NodeNotFound,
+    SlurmError,
+    SlurmParseError,
+    SlurmUnavailable,
+    StateError,
+    SubmitRejected,
+)
+
+HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
+WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
+CONFIG = NodeConfig()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return SlurmSettings(state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3")
+
+
+@pytest.fixture
+def login(fake_slurm, settings, clock):
+    """The cluster as `ray up` sees it."""
+    return Cluster("c", settings, fake_slurm.environ, clock=clock)
+
+
+@pytest.fixture
+def head_id(login):
+    return login.create_head("head", CONFIG, HEAD)
+
+
+@pytest.fixture
+def monitor(login, head_id, fake_slurm, settings, clock):
+    """The cluster as the autoscaler on the head sees it."""
+    environ = {
+        **fake_slurm.environ,
+        "RAY_CLOUD_INSTANCE_ID": head_id,
+        "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
+        "RAY_SLURM_DIR": str(login.directory.root),
+    }
+    return Cluster("c", settings, environ, clock=clock)
+
+
+def test_a_job_is_listed_as_soon_as_it_is_submitted_with_all_its_tags(login, head_id):
+    node = login.nodes()[head_id]
+    assert node.tags == HEAD
+    assert node.seen.queued
+    assert node.address == f"slurm-job-{head_id}"
+
+
+def test_a_listing_is_shared_for_a_moment_and_dropped_by_what_changes_it(login, head_id, fake_slurm, clock):
+    login.nodes()
+    asked = fake_slurm.calls("squeue")
+    login.nodes()
+    assert fake_slurm.calls("squeue") == asked
+    clock.now += 2
+    login.nodes()
+    assert fake_slurm.calls("squeue") == asked + 1
+    login.terminate([head_id])
+    assert head_id not in login.nodes()
+
+
+def test_one_question_lists_any_number_of_nodes(monitor, fake_slurm, clock):
+    monitor.create_workers("worker", CONFIG, WORKER, 12)
+    clock.now += 10
+    asked = fake_slurm.calls("squeue")
+    assert len(monitor.nodes()) == 13
+    for node_id in monitor.nodes():
+        assert monitor.last_seen(node_id).tags[TAG_KIND] in {"head", "worker"}
+        assert monitor.is_alive(node_id)
+    assert fake_slurm.calls("squeue") == asked + 1
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        {"down": ["squeue"]},
+        {"hang": ["squeue"]},
+        {"squeue": ""},
+        {"squeue": "half"},
+        {"squeue": "slurm is being upgraded\n"},
+        # A header alone, though this very job runs: an answer for another cluster.
+        {"squeue": "JOBID\x1fSTATE\x1fREASON\x1fPARTITION\x1fNODELIST\x1fTIME_LEFT\x1fSTART_TIME\x1fNAME\x1fCOMMENT\n"},
+    ],
+    ids=["down", "hang", "empty", "half a line", "garbage", "another cluster"],
+)
+def test_what_is_not_an_answer_is_an_error_and_never_an_empty_list(monitor, fake_slurm, clock, faults):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    before = set(monitor.nodes())
+    clock.now += 10
+    fake_slurm.faults(**faults)
+    with pytest.raises(SlurmError):
+        monitor.nodes()
+    fake_slurm.faults()
+    assert set(monitor.nodes()) == before
+    assert worker in before
+
+
+def test_a_job_that_the_answer_lacks_is_asked_for_before_it_counts_as_gone(monitor, fake_slurm, clock):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert worker in monitor.nodes()
+    job = worker.partition("-")[0]
+    fake_slurm.change(job, forgotten=True)
+    clock.now += 10
+    with pytest.raises(SlurmParseError, match="which the controller knows"):
+        monitor.nodes()
+    fake_slurm.change(job, purged=True)
+    assert worker not in monitor.nodes()
+
+
+def test_a_submission_without_an_answer_is_found_and_not_repeated(monitor, fake_slurm):
+    fake_slurm.faults(lost=True)
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.faults()
+    assert worker in monitor.nodes()
+    assert len(fake_slurm.jobs()) == 2
+
+
+def test_a_submission_that_reached_nobody_is_an_error(monitor, fake_slurm):
+    fake_slurm.faults(down=["sbatch"])
+    with pytest.raises(SlurmUnavailable):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert len(fake_slurm.jobs()) == 1
+
+
+def test_a_refused_submission_has_a_category(monitor, fake_slurm):
+    fake_slurm.faults(refuse="Invalid partition name specified")
+    with pytest.raises(SubmitRejected) as error:
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert error.value.category == "partition"
+
+
+def test_a_job_that_ended_before_it_was_listed_is_listed_once(monitor, fake_slurm, clock):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.change(worker.partition("-")[0], state="FAILED")
+    assert worker in monitor.nodes()
+    clock.now += 10
+    assert worker not in monitor.nodes()
+    assert monitor.last_seen(worker).tags == WORKER
+
+
+@pytest.mark.parametrize("state", ["CONFIGURING", "SUSPENDED", "STAGE_OUT", "REQUEUED", "NEVER_HEARD_OF"])
+def test_states_that_are_not_an_end_count_as_alive(monitor, fake_slurm, clock, state):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.nodes()
+    fake_slurm.change(worker.partition("-")[0], state=state)
+    clock.now += 10
+    assert worker in monitor.nodes()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED"])
+def test_states_that_are_an_end_count_as_ended(monitor, fake_slurm, clock, state):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.nodes()
+    fake_slurm.change(worker.partition("-")[0], state=state)
+    clock.now += 10
+    assert worker not in monitor.nodes()
+
+
+def test_workers_of_another_head_are_not_the_autoscalers_business(monitor, fake_slurm, settings, clock):
+    monitor.create_workers("worker", CONFIG, WORKER, 1)
+    other = Cluster(
+        "c",
+        settings,
+        {**fake_slurm.environ, "RAY_CLOUD_INSTANCE_ID": "9-old", "RAY_SLURM_GCS_ADDRESS": "x:1"},
+        clock=clock,
+    )
+    (stranger,) = other.create_workers("worker", CONFIG, WORKER, 1)
+    clock.now += 10
+    assert stranger not in monitor.nodes()
+    assert len(monitor.nodes()) == 2
+
+
+def test_two_clusters_of_one_name_in_two_places_do_not_see_each_other(login, head_id, fake_slurm, tmp_path, clock):
+    other = Cluster("c", SlurmSettings(state_dir=str(tmp_path / "elsewhere")), fake_slurm.environ, clock=clock)
+    assert other.nodes() == {}
+
+
+def test_a_job_id_that_was_given_out_again_is_not_cancelled(login, head_id, fake_slurm, clock):
+    login.nodes()
+    job = head_id.partition("-")[0]
+    fake_slurm.change(job, comment="somebody else's", name="precious", state="RUNNING")
+    clock.now += 10
+    login.terminate([head_id])
+    assert fake_slurm.jobs()[0]["state"] == "RUNNING"
+
+
+def test_terminating_twice_is_no_error(monitor):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.terminate([worker])
+    monitor.terminate([worker])
+    assert worker not in monitor.nodes()
+
+
+def test_tags_outlive_the_process_and_the_loss_of_the_diary(login, head_id, fake_slurm, settings, clock):
+    login.set_tags(head_id, {TAG_STATUS: "up-to-date"})
+    again = Cluster("c", settings, fake_slurm.environ, clock=clock)
+    assert again.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
+    (login.directory.root / "state.json").write_text('{"version": 1, "tags": {"1-')
+    clock.now += 10
+    assert again.nodes()[head_id].tags == HEAD
+
+
+def test_nothing_is_submitted_while_the_cluster_is_taken_down(login, head_id, monitor, fake_slurm):
+    login.nodes()
+    login.terminate([head_id])
+    with pytest.raises(StateError, match="being taken down"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert len(fake_slurm.jobs()) == 1
+    login.create_head("head", CONFIG, HEAD)
+    assert not login.directory.stopping
+
+
+def test_a_worker_starts_with_the_environment_of_ray_up_and_not_of_the_head(fake_slurm, settings, clock):
+    login = Cluster(
+        "c", settings, {**fake_slurm.environ, "MINE": "1", "RAY_ADDRESS": "x", "SBATCH_PARTITION": "y"}, clock=clock
+    )
+    login.create_head("head", CONFIG, HEAD)
+    kept = login.directory.environment()
+    assert kept["MINE"] == "1"
+    assert not {"RAY_ADDRESS", "SBATCH_PARTITION"} & set(kept)
+
+
+def test_waiting_for_a_head_that_ended_tells_why(login, head_id, fake_slurm, clock):
+    fake_slurm.change(head_id.partition("-")[0], state="FAILED")
+    login.directory.reports.reason(head_id).write_text("setup_commands[0] failed with exit code 3: x\n")
+    login.log_of(head_id).write_text("first\nlast words\n")
+    login.nodes()
+    clock.now += 10
+    with pytest.raises(HeadFailed) as error:
+        login.wait_for_head(head_id, lambda node: None, ask_s=0)
+    for word in ("FAILED", "setup_commands[0] failed", "| last words", str(login.log_of(head_id))):
+        assert word in str(error.value)
+
+
+def test_taking_down_removes_the_directory_and_late_jobs(login, head_id, monitor, fake_slurm):
+    monitor.create_workers("worker", CONFIG, WORKER, 2)
+    login.nodes()
+    login.clean_up()
+    assert {job["state"] for job in fake_slurm.jobs()} == {"CANCELLED"}
+    assert not login.directory.root.exists()
+
+
+def test_a_node_that_never_was_is_said_so(login):
+    with pytest.raises(NodeNotFound):
+        login.node("7-abc")

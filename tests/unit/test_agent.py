@@ -1,0 +1,183 @@
+"""The pieces of the node agent: addresses, ports, temporary directories, the command line of Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.agent import network, temp_dirs
+from ray_slurm_provider.agent.ray_command import start_command, start_environment
+from ray_slurm_provider.agent.spec import AgentSpec, read_spec
+from ray_slurm_provider.files import write_atomically, write_json
+
+
+def test_a_literal_address_of_the_slurm_node_is_taken_also_on_loopback():
+    assert network.choose_address("", "n1", lambda node: "127.0.1.3") == "127.0.1.3"
+
+
+def test_a_name_that_resolves_to_loopback_is_a_trap(monkeypatch):
+    monkeypatch.setattr(network, "_resolve", lambda name: ["127.0.1.1"])
+    monkeypatch.setattr(network, "_towards_default_route", lambda: ["10.1.2.3"])
+    monkeypatch.setattr(network, "is_local", lambda address: True)
+    assert network.choose_address("", "n1", lambda node: "n1") == "10.1.2.3"
+
+
+def test_an_address_of_another_host_is_not_taken(monkeypatch):
+    monkeypatch.setattr(network, "_resolve", lambda name: ["203.0.113.7"])
+    monkeypatch.setattr(network, "_towards_default_route", list)
+    assert network.choose_address("", "n1", lambda node: "203.0.113.7") == "127.0.0.1"
+
+
+def test_an_interface_is_taken_by_name_and_a_wrong_one_told():
+    assert network.choose_address("lo", "", lambda node: "") == "127.0.0.1"
+    with pytest.raises(ValueError, match="there are .*lo"):
+        network.choose_address("ib9", "", lambda node: "")
+
+
+def test_free_ports_are_different_and_free():
+    ports = network.free_ports(["a", "b", "c"], "127.0.0.1")
+    assert len(set(ports.values())) == 3
+    for port in ports.values():
+        with socket.socket() as probe:
+            probe.bind(("", port))
+
+
+def test_only_a_refused_connection_says_that_nobody_is_there():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        assert network.connection_state("127.0.0.1", port, 1) == "refused"
+        server.listen()
+        assert network.connection_state("127.0.0.1", port, 1) == "open"
+    assert network.connection_state("no.such.host.invalid", 1, 1) == "unknown"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("1.2.3.4:5", ("1.2.3.4", 5)), ("[fe80::1]:5", ("fe80::1", 5))])
+def test_addresses_are_split(text, wanted):
+    assert network.split_address(text) == wanted
+
+
+def test_a_temp_dir_is_private_and_short(tmp_path):
+    path = temp_dirs.make_temp_dir("/tmp", "1-a")
+    try:
+        assert path.stat().st_mode & 0o777 == 0o700
+        assert len(str(path)) <= temp_dirs.MAX_LENGTH
+    finally:
+        (path / "owner.json").unlink()
+        path.rmdir()
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    with pytest.raises(ValueError, match="107 bytes"):
+        temp_dirs.make_temp_dir(str(long), "1-a")
+
+
+def test_a_temp_dir_may_name_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("WHERE", "/tmp")
+    path = temp_dirs.make_temp_dir("$WHERE", "1-a")
+    assert str(path).startswith("/tmp/")
+    (path / "owner.json").unlink()
+    path.rmdir()
+
+
+def test_only_what_a_killed_job_left_is_swept(tmp_path):
+    base = "/tmp/rst-sweep" + str(os.getpid())
+    os.mkdir(base)
+    try:
+        living = temp_dirs.make_temp_dir(base, "1-living")
+        dead = temp_dirs.make_temp_dir(base, "2-dead")
+        elsewhere = temp_dirs.make_temp_dir(base, "3-other-host")
+        strange = os.path.join(base, "rsp-strange")
+        os.mkdir(strange)
+        owner = json.loads((dead / "owner.json").read_text())
+        child = subprocess.Popen(["true"])
+        child.wait()
+        write_json(dead / "owner.json", {**owner, "pid": child.pid, "start": "1"})
+        write_json(elsewhere / "owner.json", {**owner, "pid": child.pid, "boot": "another"})
+        assert temp_dirs.sweep_temp_dirs(base) == [dead]
+        assert living.exists()
+        assert elsewhere.exists()
+        assert os.path.exists(strange)
+    finally:
+        subprocess.run(["rm", "-r", base], check=True)
+
+
+HEAD = AgentSpec("c", "d", "/shared/c")
+WORKER = AgentSpec(
+    "c", "d", "/shared/c", head="1-a", gcs_address="1.2.3.4:5", labels={"a": "b"}, ray_start_args=["--x=1"]
+)
+PORTS = {"gcs": 1, "client": 2, "dashboard": 3, "autoscaler_metrics": 4, "dashboard_metrics": 5}
+
+
+def test_the_head_gets_its_ports_and_rays_patience():
+    command = start_command(HEAD, "1.2.3.4", PORTS, "/tmp/t")
+    for word in (
+        "--head",
+        "--block",
+        "--port=1",
+        "--dashboard-port=3",
+        "--temp-dir=/tmp/t",
+        "--dashboard-host=1.2.3.4",
+    ):
+        assert word in command
+    environ = start_environment(HEAD, {"CPU": 0}, "1.2.3.4:1", PORTS, {"autoscaler_v2": True, "usage_stats": False})
+    assert environ["RAY_enable_autoscaler_v2"] == "1"
+    assert environ["RAY_AUTH_MODE"] == "token"
+    assert environ["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"].isdigit()
+    assert environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"
+
+
+def test_without_a_token_the_dashboard_stays_on_the_host():
+    assert "--dashboard-host=127.0.0.1" in start_command(
+        AgentSpec("c", "d", "/x", token_auth=False), "1.2.3.4", PORTS, "/t"
+    )
+
+
+def test_a_worker_joins_its_head():
+    command = start_command(WORKER, "1.2.3.5", {}, "/tmp/t")
+    assert "--address=1.2.3.4:5" in command
+    assert command[-1] == "--x=1"
+    environ = start_environment(WORKER, {"CPU": 2}, "", {}, {})
+    assert json.loads(environ["RAY_OVERRIDE_LABELS"]) == {"a": "b"}
+    assert "RAY_enable_autoscaler_v2" not in environ
+
+
+def test_a_spec_comes_back_as_it_was_and_one_of_another_version_is_refused():
+    text = json.dumps(WORKER.as_json())
+    assert read_spec(text) == WORKER
+    with pytest.raises(ValueError, match="another version"):
+        read_spec(json.dumps({**WORKER.as_json(), "new": 1}))
+
+
+def test_the_agent_needs_the_standard_library_only():
+    code = (
+        "import sys; before = set(sys.modules); import ray_slurm_provider.agent.__main__;"
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['ray_slurm_provider']"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "f"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_processes_are_told_apart_from_zombies_and_from_later_ones():
+    child = subprocess.Popen(["sleep", "60"])
+    process = procfs.find(child.pid)
+    assert process in procfs.descendants(os.getpid())
+    assert procfs.alive(process)
+    child.kill()
+    # Not waited for: a zombie.
+    assert procfs.wait_until(lambda: not procfs.alive(process), 5)
+    child.wait()

@@ -1,0 +1,106 @@
+"""The import rules of docs/architecture.md."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ray_slurm_provider
+
+ROOT = Path(ray_slurm_provider.__file__).parent
+PACKAGE = "ray_slurm_provider"
+RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
+# A module may import from its own layer and from those after it.
+LAYERS = [
+    {"cli"},
+    {"node_provider", "command_runner", "node_table", "sandbox.commands"},
+    {"bootstrap", "progress", "sandbox.lifecycle"},
+    {"ray_contract", "cluster_yaml", "sandbox.daemons", "sandbox.layout", "sandbox"},
+    {"cluster"},
+    {"backends.slurm_jobs"},
+    {"backends.base", "backends"},
+    {"batch_script", "cluster_dir", "resources"},
+    {"config", "agent.__main__"},
+    {"agent.supervisor"},
+    {"agent.ray_command", "agent.temp_dirs"},
+    {"agent.spec", "agent.allocation", "agent.network", "agent"},
+    {"birth_certificate", "reports", "slurm.client"},
+    {"slurm.parse", "slurm.process"},
+    {"slurm.types", "slurm"},
+    {"files", "procfs", "errors", "__init__"},
+]
+STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors")
+
+
+def _modules():
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in ROOT.rglob("*.py")
+    }
+
+
+def _imports(path):
+    """Absolute names imported at run time, also inside functions; those for type checkers only do not count."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _ours(name):
+    """The module of ours that an imported name lives in, without the package."""
+    parts = name.split(".")[1:]
+    known = _modules()
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in known:
+            return ".".join(parts[:length])
+    return "__init__"
+
+
+def _layer(module):
+    return next(index for index, layer in enumerate(LAYERS) if module in layer)
+
+
+def test_every_module_has_a_layer():
+    assert set(_modules()) == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_dependencies_point_down(module):
+    for name in _imports(_modules()[module]):
+        if name.split(".")[0] == PACKAGE and module != "__init__":
+            assert _layer(_ours(name)) >= _layer(module), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_only_the_ray_ring_imports_ray(module):
+    imported = {name.split(".")[0] for name in _imports(_modules()[module])}
+    assert "ray" not in imported or module in RAY_RING
+
+
+@pytest.mark.parametrize("module", sorted(_modules()))
+def test_what_runs_in_the_job_needs_the_standard_library_only(module):
+    import sys
+
+    if module.split(".")[0] in STANDARD_LIBRARY_ONLY:
+        imported = {name.split(".")[0] for name in _imports(_modules()[module])}
+        assert imported <= sys.stdlib_module_names | {PACKAGE}
+
+
+def test_processes_are_started_in_few_places():
+    for module, path in _modules().items():
+        if "subprocess" in set(_imports(path)):
+            assert module in {"slurm.process", "sandbox.lifecycle", "agent.supervisor", "command_runner"}

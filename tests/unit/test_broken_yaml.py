@@ -1,0 +1,98 @@
+"""A hundred mistakes: each is refused with its YAML path, before anything is submitted."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import click
+import pytest
+from support import cluster_config
+
+from ray_slurm_provider import bootstrap
+from ray_slurm_provider.node_provider import SlurmNodeProvider
+from ray_slurm_provider.ray_contract import prepare_config
+
+NODE = "available_node_types.worker.node_config"
+SLURM = "provider.slurm"
+
+# (where to put it, what to put there, the path that the error must name)
+MISTAKES = [
+    *[((*["available_node_types", "worker", "node_config", "sbatch"], key), value, f"{NODE}.sbatch.{key}") for key, value in [
+        ("mem", "lots"), ("mem", ""), ("mem", True), ("mem", None if False else [1]), ("mem", {"a": 1}), ("mem", 1.5), ("mem", "-4G"),
+        ("mem_per_cpu", "4 G"), ("mem_per_gpu", "x"), ("tmp", "big"),
+        ("cpus_per_task", "2"), ("cpus_per_task", 0), ("cpus_per_task", -1), ("cpus_per_task", True), ("cpus_per_task", 1.5), ("cpus_per_task", [2]),
+        ("cpus_per_tasks", 2), ("cpus-per-task", 2), ("cpu", 2), ("partitions", "cpu"), ("Partition", "cpu"), ("gpu", 1), ("walltime", "1:00"),
+        ("partition", "a\nb"), ("partition", "a\r#SBATCH --uid=0"), ("partition", ""), ("partition", "  "), ("partition", 7), ("partition", ["cpu"]), ("partition", "a\x00b"), ("partition", "a\x1bb"),
+        ("account", 12), ("account", "x\n"), ("qos", True), ("constraint", {"a": "b"}), ("reservation", "\t"),
+        ("time", 5400), ("time", "soon"), ("time", True), ("time", "1:2:3:4"), ("time", ""), ("time", ["1:00:00"]), ("time_min", "x"),
+        ("gres", "gpu::"), ("gres", "gpu:"), ("gres", 1), ("gres", "gpu 1"), ("gres", "gpu:1\n"), ("gpus", "a b"), ("gpus", True), ("gpus", 1.5), ("gpus_per_node", "a100:x y"), ("gpus_per_task", []),
+        ("exclusive", "no"), ("exclusive", 1), ("nice", True), ("nice", 1.5), ("hold", "yes"), ("kill_on_invalid_dep", "maybe"), ("wait_all_nodes", 7),
+        ("job_name", "x"), ("job-name", "x"), ("comment", "x"), ("output", "/tmp/x"), ("error", "/tmp/x"), ("array", "1-5"), ("nodes", 2), ("ntasks", 2), ("export", "ALL"),
+        ("requeue", True), ("wrap", "ls"), ("chdir", "/"), ("signal", "B:TERM@1"), ("uid", 0), ("open_mode", "truncate"), ("test-only", True), ("parsable", True),
+    ]],
+    *[((*["available_node_types", "worker", "node_config"], key), value, path) for key, value, path in [
+        ("sbatch", [1], f"{NODE}.sbatch"), ("sbatch", "x", f"{NODE}.sbatch"), ("sbatch", 3, f"{NODE}.sbatch"), ("sbatsh", {}, f"{NODE}.sbatsh"),
+        ("setup", "module load x", f"{NODE}.setup"), ("setup", [1], f"{NODE}.setup[0]"), ("setup", ["ok", ""], f"{NODE}.setup[1]"), ("setup", {"a": "b"}, f"{NODE}.setup"), ("setup", ["a\0b"], f"{NODE}.setup[0]"),
+        ("env", ["A=1"], f"{NODE}.env"), ("env", {"A B": "1"}, f"{NODE}.env"), ("env", {"A": True}, f"{NODE}.env.A"), ("env", {"A": [1]}, f"{NODE}.env.A"), ("env", {"1A": "x"}, f"{NODE}.env"),
+        ("env", {"RAY_ADDRESS": "x"}, f"{NODE}.env.RAY_ADDRESS"), ("env", {"SLURM_JOB_ID": "1"}, f"{NODE}.env.SLURM_JOB_ID"), ("env", {"A": "x\0y"}, f"{NODE}.env.A"),
+        ("placement", "moon", f"{NODE}.placement"), ("placement", 1, f"{NODE}.placement"), ("ray_start_args", "--x", f"{NODE}.ray_start_args"), ("ray_start_args", ["a\nb"], f"{NODE}.ray_start_args[0]"),
+        ("partition", "cpu", f"{NODE}.partition"), ("head_node", 1, f"{NODE}.head_node"),
+    ]],
+    *[(("available_node_types", "worker", key), value, path) for key, value, path in [
+        ("node_config", "x", NODE), ("node_config", [1], NODE), ("node_config", 3, NODE),
+        ("resources", {"CPU": 3}, "available_node_types.worker.resources.CPU"), ("resources", {"CPU": -1}, "available_node_types.worker.resources.CPU"),
+        ("resources", {"CPU": "2"}, "available_node_types.worker.resources.CPU"), ("resources", {"CPU": 1.5}, "available_node_types.worker.resources.CPU"), ("resources", {"CPU": True}, "available_node_types.worker.resources.CPU"),
+        ("resources", {"GPU": 1}, "available_node_types.worker.resources.GPU"), ("resources", {"memory": 2**31}, "available_node_types.worker.resources.memory"),
+        ("resources", {"memory": 2**30}, "available_node_types.worker.resources.memory"), ("resources", {"object_store_memory": 2**31}, "available_node_types.worker.resources.object_store_memory"),
+        ("resources", [1], "available_node_types.worker.resources"), ("resources", "CPU", "available_node_types.worker.resources"),
+        ("labels", {"a": 1}, "available_node_types.worker.labels.a"), ("max_worker", 1, "available_node_types.worker"), ("min_workers", "2", "available_node_types.worker.min_workers"),
+        ("worker_setup_commands", "ls", "available_node_types.worker.worker_setup_commands"), ("worker_setup_commands", [3], "available_node_types.worker.worker_setup_commands"),
+    ]],
+    *[(("provider", "slurm", key), value, f"{SLURM}.{key}") for key, value in [
+        ("state_dri", "/x"), ("state_dir", 3), ("state_dir", "relative/path"), ("state_dir", ""), ("state_dir", "/a\n/b"), ("python", "python3"), ("python", 3), ("slurm_bin", "bin"), ("interface", ["ib0"]),
+        ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("ports", {}),
+    ]],
+    *[(("provider", key), value, path) for key, value, path in [
+        ("slurm", [1], SLURM), ("slurm", "x", SLURM), ("slrum", {}, "provider.slrum"), ("state_dir", "/x", "provider.state_dir"), ("partition", "cpu", "provider.partition"),
+    ]],
+    *[((key,), value, path) for key, value, path in [
+        ("cluster_name", "a b", "cluster_name"), ("cluster_name", "../evil", "cluster_name"), ("cluster_name", "", "cluster_name"), ("cluster_name", "x" * 64, "cluster_name"), ("cluster_name", "a\nb", "cluster_name"), ("cluster_name", 7, "cluster_name"),
+        ("head_node_type", "nosuch", "head_node_type"), ("head_node_type", 3, "head_node_type"), ("docker", {"image": "x", "container_name": "c"}, "docker"), ("max_workerz", 3, "the YAML"), ("idle_timeout_minutes", "5", "idle_timeout_minutes"),
+        ("initialization_commands", "ls", "initialization_commands"), ("available_node_types", [], "available_node_types"),
+    ]],
+]  # fmt: skip
+
+
+def _broken(place, value):
+    config = copy.deepcopy(cluster_config("ok", "/tmp/state"))
+    section = config
+    for key in place[:-1]:
+        section = section[key]
+    section[place[-1]] = value
+    return config
+
+
+def test_there_are_more_than_a_hundred():
+    assert len(MISTAKES) > 100
+
+
+@pytest.mark.parametrize(("place", "value", "path"), MISTAKES, ids=lambda part: str(part)[:60])
+def test_a_mistake_is_refused_with_its_path(place, value, path):
+    config = prepare_config(_broken(place, value))
+    # The two hooks in Ray's order, with Ray's own check between them.
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(config)
+    bootstrap._check_by_schema(filled)
+    with pytest.raises(click.ClickException) as error:
+        SlurmNodeProvider.bootstrap_config(filled)
+    first = error.value.message.splitlines()[0]
+    assert re.match(re.escape(path) + r"(:|\b)", first), first
+
+
+def test_the_right_one_is_taken_and_taking_it_twice_changes_nothing():
+    config = prepare_config(cluster_config("ok", "/tmp/state"))
+    once = SlurmNodeProvider.bootstrap_config(SlurmNodeProvider.fillout_available_node_types_resources(config))
+    twice = SlurmNodeProvider.bootstrap_config(
+        SlurmNodeProvider.fillout_available_node_types_resources(copy.deepcopy(once))
+    )
+    assert once == twice

@@ -1,0 +1,149 @@
+"""What the SLURM tools print and what sbatch options mean."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_slurm_provider.slurm import parse
+from ray_slurm_provider.slurm.types import JobState
+
+HEADER = "\x1f".join(
+    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]
+)
+
+
+def _row(job_id="7", state="RUNNING", reason="None", name="n", comment="c"):
+    return "\x1f".join([job_id, state, reason, "cpu", "c1", "3:59", "N/A", name, comment])
+
+
+def test_a_row_becomes_a_job():
+    (job,) = parse.parse_squeue(f"{HEADER}\n{_row(comment='a|b c')}\n")
+    assert (job.job_id, job.state, job.reason, job.nodes, job.start, job.comment) == (
+        "7",
+        JobState.RUNNING,
+        "",
+        "c1",
+        "",
+        "a|b c",
+    )
+
+
+def test_banners_and_free_text_with_newlines_are_passed_over():
+    lines = ["** maintenance on Monday **", HEADER, _row(name="two"), _row("8", comment="one\nand two"), _row("9"), ""]
+    text = "\n".join(lines)
+    assert [job.job_id for job in parse.parse_squeue(text)] == ["7", "8", "9"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "slurm says no\n", HEADER, f"{HEADER}\n{_row()}", f"{HEADER}\n{_row()[:20]}"]
+)
+def test_what_is_not_a_complete_answer_is_refused(text):
+    with pytest.raises(ValueError):
+        parse.parse_squeue(text)
+
+
+@given(st.text())
+def test_no_text_makes_the_parser_fail_in_another_way(text):
+    try:
+        parse.parse_squeue(text)
+    except ValueError:
+        pass
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.text(), st.text()), max_size=5))
+def test_whatever_name_and_comment_hold_every_row_is_found(rows):
+    body = "".join(_row(str(number), name=name, comment=comment) + "\n" for number, name, comment in rows)
+    found = [job.job_id for job in parse.parse_squeue(f"{HEADER}\n{body}")]
+    wanted = [str(number) for number, name, _ in rows if "\n" not in name and "\x1f" not in name]
+    # A name with a newline breaks its own row only.
+    assert [number for number in found if number in wanted][: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "job_id"), [("42\n", "42"), ("42;cluster\n", "42"), ("Welcome!\n17 users\n\n43;c1\n", "43"), ("44", "44")]
+)
+def test_the_job_id_is_found_after_banners(text, job_id):
+    assert parse.parse_submitted(text) == job_id
+
+
+def test_no_job_id_is_an_error():
+    with pytest.raises(ValueError):
+        parse.parse_submitted("Submitted batch job\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "mib"),
+    [
+        ("4G", 4096),
+        ("512M", 512),
+        ("2048", 2048),
+        (1024, 1024),
+        ("1T", 1048576),
+        ("1.5G", 1536),
+        ("2048K", 2),
+        ("4GB", 4096),
+        ("0", 0),
+    ],
+)
+def test_memory_sizes(text, mib):
+    assert parse.parse_mem_mib(text) == mib
+
+
+@pytest.mark.parametrize("text", ["lots", "", "-1", "4 G", "4X", "G"])
+def test_what_is_no_memory_size_is_refused(text):
+    with pytest.raises(ValueError):
+        parse.parse_mem_mib(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("1:30:00", 5400),
+        ("2-12", 216000),
+        ("1-02:30", 95400),
+        ("1-00:00:30", 86430),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits(text, seconds):
+    assert parse.parse_time_s(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("gpu", {"gpu": (1, "")}),
+        ("gpu:2", {"gpu": (2, "")}),
+        ("gpu:a100", {"gpu": (1, "a100")}),
+        ("gpu:a100:4,shard:2", {"gpu": (4, "a100"), "shard": (2, "")}),
+        ("gpu:a100:1,gpu:v100:1", {"gpu": (2, "")}),
+        ("gres:gpu:3g.20gb:1", {"gpu": (1, "3g.20gb")}),
+        ("craynetwork:4K", {"craynetwork": (4096, "")}),
+    ],
+)
+def test_generic_resources(text, wanted):
+    assert parse.parse_gres(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["gpu::", "", ":1", "gpu:a:b:c", "gpu 1"])
+def test_what_is_no_generic_resource_is_refused(text):
+    with pytest.raises(ValueError):
+        parse.parse_gres(text)
+
+
+def test_the_end_of_a_job():
+    end = parse.parse_job_end(
+        "JobId=5 JobName=a b=c JobState=FAILED Reason=NonZeroExitCode Dependency=(null) ExitCode=3:0 Comment=x\n"
+    )
+    assert str(end) == "FAILED, reason NonZeroExitCode, exit code 3"
+    assert str(parse.parse_job_end("JobId=5 JobState=CANCELLED Reason=None ExitCode=0:15")) == "CANCELLED, signal 15"
+
+
+def test_every_state_says_whether_a_job_is_alive():
+    alive = {state.label for state in JobState if parse.Job("1", state).alive}
+    assert {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "UNKNOWN"} <= alive
+    assert not {"COMPLETING", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"} & alive
