@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
@@ -24,6 +25,16 @@ def daemons_of(paths: SandboxPaths) -> dict[str, list[int]]:
     for process in processes_of(paths):
         if process.name in found:
             found[process.name].append(process.pid)
+    return found
+
+
+def served_nodes(paths: SandboxPaths) -> set[str]:
+    """Return the virtual nodes whose slurmd lives (``slurmd -N NAME``)."""
+    found: set[str] = set()
+    for process in processes_of(paths):
+        if process.name == "slurmd":
+            words = process.read("cmdline").decode(errors="replace").split("\0")
+            found.update(name for option, name in pairwise(words) if option == "-N")
     return found
 
 
