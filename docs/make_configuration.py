@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the models.
 
-    python docs/make_configuration.py
+python docs/make_configuration.py
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _section(title: str, intro: str, model: type[BaseModel]) -> str:
         for name, field in model.model_fields.items()
         if not (field.json_schema_extra or {})
     ]
-    return "\n".join([f"## {title}\n", f"{intro}\n", "| key | type | default | meaning |\n|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        [f"## {title}\n", f"{intro}\n", "| key | type | default | meaning |\n|---|---|---|---|", *rows, ""]
+    )
 
 
 def _type(schema: dict[str, Any]) -> str:

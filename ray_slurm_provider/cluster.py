@@ -10,11 +10,11 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, access_environment
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, access_environment
 from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs, preview_script
 from ray_slurm_provider.batch_script import log_path
@@ -250,13 +250,19 @@ class Cluster:
         if not (head and gcs_address):
             raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
         environ = self.directory.environment() or job_environment(self._environ)
-        launch = self._launch(node_type, config, tags, environ, head, gcs_address)
+        launch = replace(
+            self._launch(node_type, config, tags, environ),
+            head=head,
+            gcs_address=gcs_address,
+            head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
+        )
         return [self._create(launch) for _ in range(count)]
 
     def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
         """Return the batch script of a node without submitting it."""
-        tags = {TAG_TYPE: node_type}
-        launch = self._launch(node_type, config, tags, {}, *(() if head else ("HEAD", "HEAD_ADDRESS:PORT")))
+        launch = self._launch(node_type, config, {TAG_TYPE: node_type}, {})
+        if not head:
+            launch = replace(launch, head="HEAD", gcs_address="HEAD_ADDRESS:PORT")
         return preview_script(launch)
 
     def terminate(self, node_ids: list[str]) -> None:
@@ -335,13 +341,7 @@ class Cluster:
     # -- inside ---------------------------------------------------------------------------------
 
     def _launch(
-        self,
-        node_type: str,
-        config: NodeConfig,
-        tags: Mapping[str, str],
-        environ: Mapping[str, str],
-        head: str = "",
-        gcs_address: str = "",
+        self, node_type: str, config: NodeConfig, tags: Mapping[str, str], environ: Mapping[str, str]
     ) -> Launch:
         return Launch(
             cluster=self.name,
@@ -351,8 +351,6 @@ class Cluster:
             node_type=node_type,
             config=config,
             tags=tags,
-            head=head,
-            gcs_address=gcs_address,
             environ=environ,
         )
 

@@ -6,7 +6,9 @@ Flags and variables are those of ray/scripts/scripts.py and ray/autoscaler/v2/in
 from __future__ import annotations
 
 import json
+import re
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ STARTED_MARK = b"Ray runtime started."
 _ONE_YEAR_S = "31536000"
 # How many jobs Ray asks for in one round; its own default of 5 would make a large cluster start slowly.
 _LAUNCH_BATCH = "100"
+# What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
+TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
+# From this Ray on each node has a temporary directory of its own; before, it has the head's.
+_OWN_TEMP_DIR_SINCE = (2, 55)
 HEAD_PORTS = ("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics")
 # `ray start` drains until a little before the end, so that its processes still end in order.
 _DRAIN_MARGIN_S = 10
@@ -45,7 +51,7 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
     return [
         *command,
         f"--node-ip-address={address}",
-        f"--temp-dir={temp_dir}",
+        *([f"--temp-dir={temp_dir}"] if spec.is_head or has_own_temp_dir() else []),
         # 0 lets the kernel choose: nodes that share a host would meet on Ray's fixed defaults.
         "--dashboard-agent-listen-port=0",
         "--min-worker-port=0",
@@ -58,6 +64,7 @@ def start_environment(
     spec: AgentSpec,
     resources: Mapping[str, int],
     gcs_address: str,
+    temp_dir: str,
     ports: Mapping[str, int],
     go: Mapping[str, object],
 ) -> dict[str, str]:
@@ -73,8 +80,8 @@ def start_environment(
         return result
     return {
         **result,
-        # The autoscaler tells it to the workers that it submits.
         GCS_ADDRESS_VARIABLE: gcs_address,
+        TEMP_DIR_VARIABLE: temp_dir,
         "RAY_enable_autoscaler_v2": "1" if go.get("autoscaler_v2", True) else "0",
         "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
         "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,
@@ -85,6 +92,12 @@ def start_environment(
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
     }
+
+
+def has_own_temp_dir() -> bool:
+    """Tell whether the installed Ray gives each node a temporary directory of its own."""
+    numbers = re.findall(r"\d+", version("ray"))[:2]
+    return tuple(map(int, numbers)) >= _OWN_TEMP_DIR_SINCE
 
 
 def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]:

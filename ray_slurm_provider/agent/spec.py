@@ -18,6 +18,7 @@ class AgentSpec:
         cluster_dir: The cluster's directory.
         head: Node id of the head that this worker belongs to; "" for a head.
         gcs_address: Where that head listens; "" for a head.
+        head_temp_dir: Ray's temporary directory of that head; "" for a head.
         resources: The Ray resources that the autoscaler counts on.
         written: Names of those that a person wrote into the YAML: these are kept.
         labels: Ray labels.
@@ -37,6 +38,7 @@ class AgentSpec:
     cluster_dir: str
     head: str = ""
     gcs_address: str = ""
+    head_temp_dir: str = ""
     resources: dict[str, int] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)

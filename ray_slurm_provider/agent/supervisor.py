@@ -22,7 +22,6 @@ import os
 import re
 import selectors
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
-from ray_slurm_provider.agent.temp_dirs import make_temp_dir, sweep_temp_dirs
+from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.files import read_json_object, write_atomically
@@ -61,6 +60,7 @@ logger = logging.getLogger("ray_slurm_provider.agent")
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 _LOOP_S = 1.0
+_TURN_POLL_S = 0.1
 _HEAD_CHECK_S = 5.0
 # A head that restarts its network card refuses nothing; refused connections for this long mean that it is gone.
 _HEAD_REFUSED_S = 15.0
@@ -92,6 +92,7 @@ class Supervisor:
             self._node_id, STARTING, host=socket.gethostname(), slurm_node=environ.get("SLURMD_NODENAME", "")
         )
         self._temp_dir: Path | None = None
+        self._start_lock: StartLock | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._raylet: procfs.Process | None = None
         self._tail = b""
@@ -132,7 +133,7 @@ class Supervisor:
             allocation = read_allocation(self._environ, self._job_facts)
             resources = ray_command.promised_resources(self._spec, allocation.resources())
             address = network.choose_address(self._spec.interface, self._report.slurm_node, self._slurm.node_address)
-            self._temp_dir = make_temp_dir(self._spec.temp_dir, self._node_id)
+            self._temp_dir = self._take_temp_dir()
         except ValueError as error:
             raise StartError(str(error)) from error
         ports = network.free_ports(ray_command.HEAD_PORTS, address) if self._spec.is_head else {}
@@ -141,7 +142,9 @@ class Supervisor:
             self._require_head()
         go = read_json_object(self._paths.go(self._node_id.rpartition("-")[2])) or {}
         command = ray_command.start_command(self._spec, address, ports, str(self._temp_dir))
-        added = ray_command.start_environment(self._spec, resources, self._report.gcs_address, ports, go)
+        added = ray_command.start_environment(
+            self._spec, resources, self._report.gcs_address, str(self._temp_dir), ports, go
+        )
         logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], address)
         # What the user's `env` says about Ray's own knobs wins.
         return command, {
@@ -149,6 +152,24 @@ class Supervisor:
             **self._environ,
             **{name: added[name] for name in added if name.startswith(("RAY_OVERRIDE", "RAY_AUTH"))},
         }
+
+    def _take_temp_dir(self) -> Path:
+        if self._spec.is_head or ray_command.has_own_temp_dir():
+            return make_temp_dir(self._spec.temp_dir, self._node_id)
+        shared = Path(self._spec.head_temp_dir)
+        join_temp_dir(shared, self._node_id)
+        self._start_lock = StartLock(shared)
+        return shared
+
+    def _wait_for_turn(self) -> None:
+        """Wait until no other node that shares our directory is starting."""
+        while self._start_lock is not None and not self._start_lock.acquired() and not self._signals:
+            time.sleep(_TURN_POLL_S)
+
+    def _end_turn(self) -> None:
+        if self._start_lock is not None:
+            self._start_lock.release()
+            self._start_lock = None
 
     def _job_facts(self) -> Mapping[str, str]:
         return self._slurm.job_facts(job_id_of(self._node_id))
@@ -175,6 +196,7 @@ class Supervisor:
         return reason, code
 
     def _run_ray(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
+        self._wait_for_turn()
         logger.info("starting %s", shlex.join(command))
         self._child = subprocess.Popen(
             command,
@@ -221,6 +243,7 @@ class Supervisor:
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self._paths.head_environment, text)
         self._publish(phase=READY)
+        self._end_turn()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
     def _reason_to_end(self) -> tuple[str, int] | None:
@@ -280,7 +303,7 @@ class Supervisor:
         if not self._spec.is_head:
             self._publish(phase=ENDED, reason=reason)
         if self._temp_dir is not None:
-            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            leave_temp_dir(self._temp_dir, self._node_id)
 
     def _end_processes(self) -> None:
         """End everything below this process, also what it inherited as subreaper."""
@@ -338,7 +361,7 @@ class Supervisor:
         }
         variables.update(ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth))
         variables["RAY_ADDRESS"] = self._report.gcs_address
-        variables["RAY_SLURM_TEMP_DIR"] = self._report.temp_dir
+        variables[ray_command.TEMP_DIR_VARIABLE] = self._report.temp_dir
         return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
 
 

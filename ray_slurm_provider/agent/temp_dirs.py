@@ -1,18 +1,28 @@
-"""Ray's temporary directory: one per job, short, private, and removed at the end."""
+"""Ray's temporary directory: short, private, and removed at the end.
+
+Since Ray 2.55 every node has one of its own. Before, all nodes of a cluster use the head's path, each on its
+own host; nodes that share a host share the directory, and the last one removes it. So each directory holds
+a note of every node that uses it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.files import read_json_object, write_json
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _PREFIX = "rsp-"
-_OWNER = "owner.json"
+_NOTES = "users"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Unix sockets hold 107 bytes (unix(7)), and Ray puts below its temp dir:
 # /session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12
@@ -21,7 +31,7 @@ DEFAULT_BASE = "/tmp"  # noqa: S108 each directory below it is made private, wit
 
 
 def make_temp_dir(base: str, node_id: str) -> Path:
-    """Make the directory for this job, 0700, with a note saying whose it is.
+    """Make a directory for this node, 0700.
 
     Args:
         base: Where; variables like ``$SLURM_TMPDIR`` are expanded.
@@ -31,58 +41,114 @@ def make_temp_dir(base: str, node_id: str) -> Path:
         OSError: It cannot be made there.
         ValueError: The path would be too long for Ray's sockets.
     """
-    parent = os.path.expanduser(os.path.expandvars(base or DEFAULT_BASE))  # noqa: PTH111 a variable may hold "~"
-    example = f"{parent}/{_PREFIX}12345678"
-    if len(example.encode()) > MAX_LENGTH:
-        raise ValueError(
-            f"temp_dir {parent!r} is {len(example.encode()) - MAX_LENGTH} bytes too long: Unix sockets below it"
-            " would pass 107 bytes"
-        )
+    parent = _expanded(base)
+    excess = len(f"{parent}/{_PREFIX}12345678".encode()) - MAX_LENGTH
+    if excess > 0:
+        raise ValueError(f"temp_dir {parent!r} is {excess} bytes too long: Unix sockets below it would pass 107 bytes")
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    owner = {"node_id": node_id, "pid": os.getpid(), "start": _start_time(os.getpid()), "boot": boot_id()}
-    write_json(path / _OWNER, {**owner, "slurm_conf": os.environ.get("SLURM_CONF", "")})
+    _write_note(path, node_id)
     return path
+
+
+def join_temp_dir(path: Path, node_id: str) -> None:
+    """Use the directory of the cluster's head on this host; it is made when this node is the first one here.
+
+    Raises:
+        OSError: It cannot be used, or belongs to somebody else.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user")
+    _write_note(path, node_id)
+
+
+def leave_temp_dir(path: Path, node_id: str) -> None:
+    """Stop using a directory, and remove it when no other node on this host uses it."""
+    (path / _NOTES / f"{node_id}.json").unlink(missing_ok=True)
+    if not any(map(_lives, _notes(path))):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep_temp_dirs(base: str) -> list[Path]:
     """Remove what killed jobs of this user left on this host; return what was removed."""
-    parent = os.path.expanduser(os.path.expandvars(base or DEFAULT_BASE))  # noqa: PTH111
-    return _remove_where(parent, lambda owner: not _owner_lives(owner))
+    return _remove_where(_expanded(base), lambda note: not _lives(note))
 
 
 def remove_temp_dirs(slurm_conf: str) -> list[Path]:
     """Remove the directories of all jobs of one SLURM; for the end of a sandbox."""
-    return _remove_where(DEFAULT_BASE, lambda owner: owner.get("slurm_conf") == slurm_conf)
+    return _remove_where(DEFAULT_BASE, lambda note: note.get("slurm_conf") == slurm_conf)
 
 
-def boot_id() -> str:
-    """Return what changes when the host reboots."""
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
+class StartLock:
+    """Lets one node of a shared directory start at a time: raylets that start together take the same sockets.
+
+    Args:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def acquired(self) -> bool:
+        """Try to take the lock; tell whether it is ours now."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let the next one start."""
+        with contextlib.suppress(OSError):
+            os.close(self._handle)
 
 
-def _remove_where(parent: str, condition: Any) -> list[Path]:
+def _expanded(base: str) -> str:
+    return os.path.expanduser(os.path.expandvars(base or DEFAULT_BASE))  # noqa: PTH111 a variable may hold "~"
+
+
+def _write_note(path: Path, node_id: str) -> None:
+    (path / _NOTES).mkdir(mode=0o700, exist_ok=True)
+    note = {
+        "pid": os.getpid(),
+        "start": _start_time(os.getpid()),
+        "boot": _boot_id(),
+        "slurm_conf": os.environ.get("SLURM_CONF", ""),
+    }
+    write_json(path / _NOTES / f"{node_id}.json", note)
+
+
+def _notes(path: Path) -> list[dict[str, Any]]:
+    return [note for file in (path / _NOTES).glob("*.json") if (note := read_json_object(file)) is not None]
+
+
+def _remove_where(parent: str, condition: Callable[[dict[str, Any]], bool]) -> list[Path]:
     removed = []
     for path in Path(parent).glob(f"{_PREFIX}*"):
         try:
             ours = path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()
         except OSError:
             continue
-        owner = read_json_object(path / _OWNER) if ours else None
-        if owner is not None and condition(owner):
+        notes = _notes(path) if ours else []
+        if notes and all(map(condition, notes)):
             shutil.rmtree(path, ignore_errors=True)
             removed.append(path)
     return removed
 
 
-def _owner_lives(owner: dict[str, Any]) -> bool:
-    if owner.get("boot") != boot_id():
+def _lives(note: dict[str, Any]) -> bool:
+    if note.get("boot") != _boot_id():
         # Another host's note on a shared file system cannot be judged here, and one of an
         # earlier boot of this host is dead; they look alike, so it stays.
         return True
-    return bool(owner.get("start")) and _start_time(int(owner.get("pid", 0))) == owner.get("start")
+    return bool(note.get("start")) and _start_time(int(note.get("pid", 0))) == note.get("start")
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _start_time(pid: int) -> str:

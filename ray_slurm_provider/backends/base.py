@@ -55,6 +55,7 @@ class Launch:
         tags: Ray's tags.
         head: Node id of the head that it works for; "" for a head.
         gcs_address: Where that head listens; "" for a head.
+        head_temp_dir: Ray's temporary directory of that head; "" for a head.
         environ: The environment that the node starts with.
     """
 
@@ -67,6 +68,7 @@ class Launch:
     tags: Mapping[str, str]
     head: str = ""
     gcs_address: str = ""
+    head_temp_dir: str = ""
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 

@@ -134,6 +134,7 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         cluster_dir=str(launch.cluster_dir),
         head=launch.head,
         gcs_address=launch.gcs_address,
+        head_temp_dir=launch.head_temp_dir,
         resources=dict(resolved.resources),
         written=list(resolved.written),
         labels=dict(resolved.labels),

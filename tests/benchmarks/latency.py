@@ -9,6 +9,7 @@ start of Ray. Times depend on the machine; compare the columns, not runs.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -120,9 +121,10 @@ print("RESULT", ray.get(now.options(resources={sys.argv[1]: 1}).remote()) - bega
             wait_for(lambda driver=driver: "READY" in driver.stdout.readline(), 60, "the driver", poll_s=0)
             temp = tempfile.mkdtemp(prefix="rsb-")
             access = cluster.access()
+            resources = json.dumps({name: 1})
             command = (
                 f"exec {' '.join(RAY)} start --address={access['RAY_ADDRESS']} --block --temp-dir={temp} --num-cpus=1"
-                f" --memory=1000000000 --object-store-memory=500000000 --resources='{{\\"{name}\\": 1}}'"
+                f" --memory=1000000000 --object-store-memory=500000000 --resources='{resources}'"
                 " --dashboard-agent-listen-port=0"
             )
             began = time.time()
@@ -150,7 +152,9 @@ def _result(driver):
 
 def _cluster(environ, parent, name):
     worker = {"max_workers": 1, "idle_timeout_s": 3, "resources": {"ours": 1}, "node_config": {"sbatch": {"mem": "2G"}}}
-    config = cluster_config(name, parent / "state", types={"worker": worker}, slurm={"update_interval_s": UPDATE_INTERVAL_S})
+    config = cluster_config(
+        name, parent / "state", types={"worker": worker}, slurm={"update_interval_s": UPDATE_INTERVAL_S}
+    )
     return UserCluster(parent, environ, config)
 
 
@@ -165,7 +169,9 @@ def _end(environ, job):
     subprocess.run(["scancel", "--quiet", job], env=environ, check=True)
     listing = ["squeue", "-h", "-j", job]
     wait_for(
-        lambda: not subprocess.run(listing, env=environ, capture_output=True, text=True).stdout.strip(), 60, f"the end of job {job}"
+        lambda: not subprocess.run(listing, env=environ, capture_output=True, text=True).stdout.strip(),
+        60,
+        f"the end of job {job}",
     )
 
 

@@ -63,8 +63,9 @@ def test_ray_start_has_our_options_and_says_our_word():
 def test_ray_knows_the_variables_that_the_head_sets():
     spec = AgentSpec("c", "d", "/x")
     ports = dict.fromkeys(("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics"), 1)
-    names = set(start_environment(spec, {}, "a:1", ports, {})) - {
+    names = set(start_environment(spec, {}, "a:1", "/t", ports, {})) - {
         "RAY_SLURM_GCS_ADDRESS",
+        "RAY_SLURM_TEMP_DIR",
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN_PATH",
         "RAY_enable_autoscaler_v2",

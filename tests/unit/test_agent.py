@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -63,48 +66,55 @@ def test_addresses_are_split(text, wanted):
     assert network.split_address(text) == wanted
 
 
-def test_a_temp_dir_is_private_and_short(tmp_path):
-    path = temp_dirs.make_temp_dir("/tmp", "1-a")
-    try:
-        assert path.stat().st_mode & 0o777 == 0o700
-        assert len(str(path)) <= temp_dirs.MAX_LENGTH
-    finally:
-        (path / "owner.json").unlink()
-        path.rmdir()
+@pytest.fixture
+def base():
+    """A short place for temporary directories."""
+    path = Path(tempfile.mkdtemp(prefix="rst-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_temp_dir_is_private_and_short_and_goes_with_its_node(base, tmp_path):
+    path = temp_dirs.make_temp_dir(str(base), "1-a")
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert len(str(path)) <= temp_dirs.MAX_LENGTH
+    temp_dirs.leave_temp_dir(path, "1-a")
+    assert not path.exists()
     long = tmp_path / ("x" * 60)
     long.mkdir()
     with pytest.raises(ValueError, match="107 bytes"):
         temp_dirs.make_temp_dir(str(long), "1-a")
 
 
-def test_a_temp_dir_may_name_variables(tmp_path, monkeypatch):
-    monkeypatch.setenv("WHERE", "/tmp")
-    path = temp_dirs.make_temp_dir("$WHERE", "1-a")
-    assert str(path).startswith("/tmp/")
-    (path / "owner.json").unlink()
-    path.rmdir()
+def test_a_temp_dir_may_name_variables(base, monkeypatch):
+    monkeypatch.setenv("WHERE", str(base))
+    assert temp_dirs.make_temp_dir("$WHERE", "1-a").parent == base
 
 
-def test_only_what_a_killed_job_left_is_swept(tmp_path):
-    base = "/tmp/rst-sweep" + str(os.getpid())
-    os.mkdir(base)
-    try:
-        living = temp_dirs.make_temp_dir(base, "1-living")
-        dead = temp_dirs.make_temp_dir(base, "2-dead")
-        elsewhere = temp_dirs.make_temp_dir(base, "3-other-host")
-        strange = os.path.join(base, "rsp-strange")
-        os.mkdir(strange)
-        owner = json.loads((dead / "owner.json").read_text())
-        child = subprocess.Popen(["true"])
-        child.wait()
-        write_json(dead / "owner.json", {**owner, "pid": child.pid, "start": "1"})
-        write_json(elsewhere / "owner.json", {**owner, "pid": child.pid, "boot": "another"})
-        assert temp_dirs.sweep_temp_dirs(base) == [dead]
-        assert living.exists()
-        assert elsewhere.exists()
-        assert os.path.exists(strange)
-    finally:
-        subprocess.run(["rm", "-r", base], check=True)
+def test_a_shared_temp_dir_goes_with_its_last_node_and_lets_one_start_at_a_time(base):
+    shared = base / "rsp-shared"
+    temp_dirs.join_temp_dir(shared, "2-b")
+    temp_dirs.join_temp_dir(shared, "3-c")
+    first, second = temp_dirs.StartLock(shared), temp_dirs.StartLock(shared)
+    assert first.acquired()
+    assert not second.acquired()
+    first.release()
+    assert second.acquired()
+    second.release()
+    temp_dirs.leave_temp_dir(shared, "2-b")
+    assert shared.exists()
+    temp_dirs.leave_temp_dir(shared, "3-c")
+    assert not shared.exists()
+
+
+def test_only_what_a_killed_job_left_is_swept(base):
+    living, dead, elsewhere = (temp_dirs.make_temp_dir(str(base), name) for name in ("1-l", "2-d", "3-e"))
+    (base / "rsp-strange").mkdir()
+    note = json.loads((living / "users" / "1-l.json").read_text())
+    write_json(dead / "users" / "2-d.json", {**note, "start": "1"})
+    write_json(elsewhere / "users" / "3-e.json", {**note, "start": "1", "boot": "another"})
+    assert temp_dirs.sweep_temp_dirs(str(base)) == [dead]
+    assert sorted(path for path in base.iterdir()) == sorted([living, elsewhere, base / "rsp-strange"])
 
 
 HEAD = AgentSpec("c", "d", "/shared/c")
@@ -125,7 +135,9 @@ def test_the_head_gets_its_ports_and_rays_patience():
         "--dashboard-host=1.2.3.4",
     ):
         assert word in command
-    environ = start_environment(HEAD, {"CPU": 0}, "1.2.3.4:1", PORTS, {"autoscaler_v2": True, "usage_stats": False})
+    environ = start_environment(
+        HEAD, {"CPU": 0}, "1.2.3.4:1", "/tmp/t", PORTS, {"autoscaler_v2": True, "usage_stats": False}
+    )
     assert environ["RAY_enable_autoscaler_v2"] == "1"
     assert environ["RAY_AUTH_MODE"] == "token"
     assert environ["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"].isdigit()
@@ -142,7 +154,7 @@ def test_a_worker_joins_its_head():
     command = start_command(WORKER, "1.2.3.5", {}, "/tmp/t")
     assert "--address=1.2.3.4:5" in command
     assert command[-1] == "--x=1"
-    environ = start_environment(WORKER, {"CPU": 2}, "", {}, {})
+    environ = start_environment(WORKER, {"CPU": 2}, "", "", {}, {})
     assert json.loads(environ["RAY_OVERRIDE_LABELS"]) == {"a": "b"}
     assert "RAY_enable_autoscaler_v2" not in environ
 
