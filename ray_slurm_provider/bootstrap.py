@@ -18,18 +18,21 @@ import jsonschema
 
 from ray_slurm_provider import resources
 from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load
 from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema, prepare_config
+from ray_slurm_provider.reports import ENDED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from ray_slurm_provider.config import NodeConfig
 
 _REFUSED = "refused"
+_V2_VARIABLE = "RAY_UP_enable_autoscaler_v2"
 # `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.
 _HEAD_START = ["ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml"]
 _DEFAULTS: dict[str, Any] = {
@@ -62,6 +65,18 @@ def fill_out(config: dict[str, Any]) -> dict[str, Any]:
         return resolve(config)
     except ConfigError as error:
         return _stub(config, str(error))
+
+
+def refuse_autoscaler_v1(environ: Mapping[str, str]) -> None:
+    """Refuse what `ray up` would start with Ray's old autoscaler.
+
+    Raises:
+        ConfigError: It is asked for.
+    """
+    if environ.get(_V2_VARIABLE, "1") != "1":
+        raise ConfigError(
+            _V2_VARIABLE, "Ray's autoscaler v1 tells nodes apart by their address, and jobs share hosts", "unset, or 1"
+        )
 
 
 def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +166,31 @@ def script(path: Path, node_type: str) -> str:
     node_config = read_node_config(types[node_type]["node_config"], f"available_node_types.{node_type}.node_config")
     cluster = Cluster(config["cluster_name"], read_settings(config["provider"]["slurm"]))
     return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
+
+
+def head_changes(config: dict[str, Any]) -> list[str]:
+    """Return what of the head's configuration differs from the head that runs, as lines for a person."""
+    settings = read_settings(config["provider"].get("slurm"))
+    directory = ClusterDir(settings.directory(), config["cluster_name"])
+    report, old = directory.head_report(), directory.head_node_config()
+    if report is None or report.phase == ENDED or old is None:
+        return []
+    new = config["available_node_types"][config["head_node_type"]]["node_config"]
+    return [_in_users_words(line) for line in _differences(old, new, "node_config")]
+
+
+def _in_users_words(line: str) -> str:
+    for ours, theirs in (("node_config.resolved.steps", "setup commands"), ("node_config.resolved.", "")):
+        line = line.replace(ours, theirs)
+    return line
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield f"{path}: {old!r} becomes {new!r}"
 
 
 def ignored_start_commands(config: dict[str, Any]) -> list[str]:

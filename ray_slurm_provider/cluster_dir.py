@@ -25,8 +25,9 @@ import secrets
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from ray_slurm_provider.errors import StateError
@@ -147,6 +148,15 @@ class ClusterDir:
     def reason(self, node_id: str) -> str:
         """Return why a node did not come up, "" when nobody wrote that."""
         return read_reason(self.reports.reason(node_id))
+
+    def head_node_config(self) -> dict[str, Any] | None:
+        """Return the node configuration that the head was started with, None when nothing is known of it."""
+        try:
+            config = yaml.safe_load(self.bootstrap_config.read_text(encoding="utf-8"))
+            found = config["available_node_types"][config["head_node_type"]]["node_config"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def write_bootstrap_config(self, source: Path) -> None:
         """Replace what Ray's autoscaler reads by the content of a file."""

@@ -11,7 +11,10 @@ Ray takes what is missing for dead.
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
@@ -63,6 +66,7 @@ class SlurmNodeProvider(NodeProvider):
     @_readable
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
+        self._torn_down: dict[str, set[str]] = {}
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
         # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
         logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
@@ -144,6 +148,17 @@ class SlurmNodeProvider(NodeProvider):
         """Cancel the nodes' jobs."""
         self._cluster.terminate(list(node_ids))
 
+    def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
+        """Return the nodes that `ray down` ends; it asks again until none is left.
+
+        With ``--workers-only`` the autoscaler goes on, and replaces what it needs: those of the first answer count.
+        """
+        nodes = self.non_terminated_nodes(tag_filters)
+        if self._cluster.directory.stopping:
+            return nodes
+        first = self._torn_down.setdefault(json.dumps(tag_filters, sort_keys=True), set(nodes))
+        return [node_id for node_id in nodes if node_id in first]
+
     @_readable
     def cleanup_cluster_resources(self) -> None:
         """Wait until the jobs are really gone, and remove the cluster's directory; the end of `ray down`."""
@@ -177,10 +192,20 @@ class SlurmNodeProvider(NodeProvider):
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
         """Refuse a YAML with a mistake; Ray calls this second."""
-        return bootstrap.bootstrap(cluster_config)
+        config = bootstrap.bootstrap(cluster_config)
+        changes = bootstrap.head_changes(config) if "up" in sys.argv[1:] else []
+        if changes:
+            cli_logger.warning("The head runs with another configuration:")
+            for change in changes:
+                cli_logger.warning("  {}", change)
+            cli_logger.warning(
+                "A new head takes its place: the job of the present one is cancelled, and all jobs of its workers."
+            )
+        return config
 
     @_readable
     def _create_head(self, node_config: dict[str, Any], tags: dict[str, str]) -> None:
+        bootstrap.refuse_autoscaler_v1(os.environ)
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
         config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
         node_id = self._cluster.create_head(node_type, config, tags)
