@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_slurm_provider.config import PROTECTED_OPTIONS, NodeConfig, SbatchOptions, SlurmSettings
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ray_slurm_provider.config import SbatchOptions
+    from ray_slurm_provider.sbatch_options import SbatchOptions
 
 # Signals reach a job up to 60 s early (sbatch(1), --signal), and the agent needs a few seconds itself.
 _DRAIN_SIGNAL = "USR1"

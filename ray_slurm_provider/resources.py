@@ -12,7 +12,7 @@ from ray_slurm_provider.slurm import parse
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from ray_slurm_provider.config import SbatchOptions
+    from ray_slurm_provider.sbatch_options import SbatchOptions
 
 # A quarter of what Ray calls its minimum would not start; below this no object fits.
 _LEAST_OBJECT_STORE_BYTES = 80 * MIB

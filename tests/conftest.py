@@ -24,10 +24,12 @@ def sandbox():
     parent = Path(tempfile.mkdtemp(prefix="rst-"))
     parent.chmod(0o755)
     box = Sandbox(parent / "s")
-    box.up(SandboxSpec(nodes=3, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
-    yield box
-    box.down()
-    shutil.rmtree(parent, ignore_errors=True)
+    try:
+        box.up(SandboxSpec(nodes=3, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
+        yield box
+    finally:
+        box.down()
+        shutil.rmtree(parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

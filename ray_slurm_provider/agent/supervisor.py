@@ -15,7 +15,6 @@ signals and for time; there are no threads. What it watches:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import logging
 import os
@@ -32,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.agent import network, ray_command
+from ray_slurm_provider.agent import kernel, network, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
+from ray_slurm_provider.agent.guard import GUARD_NAME, start_guard
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError
@@ -52,13 +52,12 @@ from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from ray_slurm_provider.agent.spec import AgentSpec
 
 logger = logging.getLogger("ray_slurm_provider.agent")
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 _LOOP_S = 1.0
 _TURN_POLL_S = 0.1
 _HEAD_CHECK_S = 5.0
@@ -103,9 +102,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the node to its end and return the job's exit code."""
-        wakeup = _watch_signals(self._signals)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        guard = _start_guard(self._cancel_workers) if self._spec.is_head else None
+        wakeup = kernel.watch_signals(self._signals)
+        kernel.become_subreaper()
+        release_guard = start_guard(self._cancel_workers) if self._spec.is_head else None
         code = 1
         reason = "the agent failed"
         try:
@@ -115,8 +114,8 @@ class Supervisor:
             reason = str(error)
         finally:
             self._finish(reason, code)
-            if guard is not None:
-                guard()
+            if release_guard is not None:
+                release_guard()
         return code
 
     # -- before Ray -----------------------------------------------------------------------------
@@ -161,6 +160,11 @@ class Supervisor:
         self._start_lock = StartLock(shared)
         return shared
 
+    def _leave_temp_dir(self) -> None:
+        if self._temp_dir is not None:
+            leave_temp_dir(self._temp_dir, self._node_id)
+            self._temp_dir = None
+
     def _wait_for_turn(self) -> None:
         """Wait until no other node that shares our directory is starting."""
         while self._start_lock is not None and not self._start_lock.acquired() and not self._signals:
@@ -192,6 +196,7 @@ class Supervisor:
                 break
             logger.warning("somebody took a port in the meantime; trying others")
             self._end_processes()
+            self._leave_temp_dir()
             command, environment = self._prepare()
         return reason, code
 
@@ -204,14 +209,14 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 this process has no threads
+            preexec_fn=kernel.die_with_parent,  # noqa: PLW1509 this process has no threads
         )
         output = self._child.stdout
         assert output is not None  # noqa: S101 stdout=PIPE
         os.set_blocking(output.fileno(), False)
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ, self._pump)
-            selector.register(wakeup, selectors.EVENT_READ, _drain_wakeup)
+            selector.register(wakeup, selectors.EVENT_READ, kernel.drain_wakeup)
             while True:
                 for key, _ in selector.select(_LOOP_S):
                     if not key.data(key.fileobj):
@@ -302,8 +307,7 @@ class Supervisor:
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
         if not self._spec.is_head:
             self._publish(phase=ENDED, reason=reason)
-        if self._temp_dir is not None:
-            leave_temp_dir(self._temp_dir, self._node_id)
+        self._leave_temp_dir()
 
     def _end_processes(self) -> None:
         """End everything below this process, also what it inherited as subreaper."""
@@ -313,13 +317,13 @@ class Supervisor:
                 self._child.wait(_GRACE_S)
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline:
-            left = [process for process in procfs.descendants(os.getpid()) if process.name != _GUARD_NAME]
+            left = [process for process in procfs.descendants(os.getpid()) if process.name != GUARD_NAME]
             if not left:
                 break
             procfs.send(left, signal.SIGKILL)
-            _reap()
+            kernel.reap()
             time.sleep(0.02)
-        _reap()
+        kernel.reap()
 
     def _cancel_workers(self) -> None:
         """Cancel every job of this head, queued ones too; but not the own one."""
@@ -363,69 +367,3 @@ class Supervisor:
         variables["RAY_ADDRESS"] = self._report.gcs_address
         variables[ray_command.TEMP_DIR_VARIABLE] = self._report.temp_dir
         return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
-
-
-_GUARD_NAME = "rsp-guard"
-
-
-def _start_guard(clean_up: Callable[[], None]) -> Callable[[], None]:
-    """Fork a process that cleans up when this one is killed; return what releases it.
-
-    Where SLURM tracks processes by cgroup it dies with the job, and the workers notice by themselves.
-    """
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(read_end)
-
-        def release() -> None:
-            with contextlib.suppress(OSError):
-                os.write(write_end, b"x")
-                os.close(write_end)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
-
-        return release
-    os.close(write_end)
-    with contextlib.suppress(BaseException):
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        Path("/proc/self/comm").write_text(_GUARD_NAME)
-        if not os.read(read_end, 1):
-            clean_up()
-    os._exit(0)
-
-
-def _watch_signals(received: list[int]) -> socket.socket:
-    """Collect SIGTERM, SIGUSR1 and SIGINT; return a socket that becomes readable when one comes."""
-    reader, writer = socket.socketpair()
-    reader.setblocking(False)
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: received.append(signal.SIGTERM))
-    signal.signal(signal.SIGUSR1, lambda *_: received.append(signal.SIGUSR1))
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    return reader
-
-
-def _drain_wakeup(reader: socket.socket) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        reader.recv(4096)
-    return True
-
-
-def _die_with_parent() -> None:
-    """Run in the child: the kernel ends it when the agent is killed, and Ray ends its own children the same way."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-def _reap() -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ray_slurm_provider.batch_script import JobSpec, directive_values, render, static_part
 from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, new_token, read_certificate
-from ray_slurm_provider.config import SbatchOptions
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.sbatch_options import SbatchOptions
 
 NASTY = [
     "plain",

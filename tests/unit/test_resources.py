@@ -7,10 +7,10 @@ import pytest
 from ray_slurm_provider.agent.allocation import MIB, Allocation, gpu_count, read_allocation
 from ray_slurm_provider.agent.ray_command import promised_resources
 from ray_slurm_provider.agent.spec import AgentSpec
-from ray_slurm_provider.config import SbatchOptions
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.ray_contract import accelerator_names
 from ray_slurm_provider.resources import accelerator_name, derive, merge
+from ray_slurm_provider.sbatch_options import SbatchOptions
 
 GIB = 1024 * MIB
 

@@ -1,0 +1,52 @@
+"""What the agent asks of the kernel: signals, children, and who inherits orphans (prctl(2))."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def become_subreaper() -> None:
+    """Inherit the orphans among all descendants, so that none can escape."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def watch_signals(received: list[int]) -> socket.socket:
+    """Collect SIGTERM, SIGUSR1 and SIGINT; return a socket that becomes readable when one comes."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: received.append(signal.SIGTERM))
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(signal.SIGUSR1))
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return reader
+
+
+def drain_wakeup(reader: socket.socket) -> bool:
+    """Empty the socket that signals make readable; more may always come."""
+    with contextlib.suppress(BlockingIOError):
+        reader.recv(4096)
+    return True
+
+
+def die_with_parent() -> None:
+    """Run in the child: the kernel ends it when the agent is killed, and Ray ends its own children the same way."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def reap() -> None:
+    """Let dead children go."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
