@@ -15,21 +15,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ray_slurm_provider.errors import HeadFailed, SlurmProviderError
+from ray_slurm_provider.forward import Forward, Forwarder
 from ray_slurm_provider.progress import HeadProgress
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger
 from ray_slurm_provider.slurm.process import clean_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from ray_slurm_provider.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
+# Ray's commands name these ports; the head of this cluster has others.
+_USUAL_PORTS = {8265: "dashboard", 10001: "client", 6379: "gcs"}
 _BOOTSTRAP = "ray_bootstrap_config.yaml"
 _RAY_LOGS = "/tmp/ray/session_latest"  # noqa: S108 what Ray's own commands name (ray/autoscaler/_private/commands.py)
 
@@ -81,10 +88,11 @@ class SlurmCommandRunner(CommandRunnerInterface):
         shutdown_after_run: bool = False,
     ) -> str:
         """Run a command on the node, or do what it stands for; see the interface in Ray."""
-        if cmd is None or port_forward:
-            raise click.ClickException(
-                "port forwarding is not supported yet; use the address that `ray get-head-ip` prints"
-            )
+        if port_forward:
+            with self._forwarded(port_forward):
+                return self._wait_for_interrupt() if cmd is None else self._run_command(cmd, with_output=with_output)
+        if cmd is None:
+            raise click.ClickException("there is no command and no port to forward")
         if environment_variables is not None:
             if "ray start" in cmd:
                 self._start_head(cmd, environment_variables)
@@ -93,21 +101,20 @@ class SlurmCommandRunner(CommandRunnerInterface):
             # The updater's own probes, and the `ray stop` of `ray down`, which would end every Ray of this
             # user on that host: the node ends with its job.
             return ""
-        output = self._srun(self._rewritten(cmd), with_output=with_output)
         if shutdown_after_run:
-            self._cluster.terminate(list(self._cluster.nodes()))
-        return output
+            raise click.ClickException("--stop is not supported yet; use `ray down` when the command has ended")
+        return self._run_command(cmd, with_output=with_output)
 
-    def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+    def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
         """Copy to the node: a local copy, for the file system is shared."""
         if Path(target).name == _BOOTSTRAP:
             self._cluster.directory.write_bootstrap_config(Path(source))
             return
-        copy(source, target)
+        copy(source, target, _excluded(options))
 
-    def run_rsync_down(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+    def run_rsync_down(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
         """Copy from the node."""
-        copy(source, target)
+        copy(source, target, _excluded(options))
 
     def remote_shell_command_str(self) -> str:
         """Return what a person types for a shell on the node."""
@@ -135,9 +142,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
             raise HeadStartError(str(error)) from error
         except SlurmProviderError as error:
             raise click.ClickException(str(error)) from error
-        except KeyboardInterrupt:
-            cli_logger.print("The job stays; `ray up` again goes on waiting for it, `ray down` ends it.")
-            raise
         self._say_what_next()
 
     def _say_what_next(self) -> None:
@@ -153,6 +157,36 @@ class SlurmCommandRunner(CommandRunnerInterface):
         )
         cli_logger.print("Use it from this shell:")
         cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(config))
+
+    def _run_command(self, cmd: str, *, with_output: bool) -> str:
+        return self._srun(self._rewritten(cmd), with_output=with_output)
+
+    @contextmanager
+    def _forwarded(self, pairs: Any) -> Iterator[None]:
+        """Forward local ports to the head; Ray's usual port numbers stand for those of this cluster."""
+        report = self._cluster.directory.report(self._node_id)
+        if report is None or not report.address:
+            raise click.ClickException(f"node {self._node_id} has no address yet")
+        wanted: list[tuple[int, int]] = [pairs] if isinstance(pairs, tuple) else list(pairs)
+        forwards = []
+        for local, usual in wanted:
+            remote = report.ports.get(_USUAL_PORTS.get(usual, ""), usual)
+            forwards.append(Forward(local, report.address, remote))
+        for forward in forwards:
+            cli_logger.print("127.0.0.1:{} leads to {}:{}", forward.local, forward.host, forward.remote)
+        try:
+            with Forwarder(forwards):
+                yield
+        except OSError as error:
+            raise click.ClickException(f"the port cannot be forwarded: {error.strerror or error}") from error
+
+    def _wait_for_interrupt(self) -> str:
+        cli_logger.print("Ctrl-C ends the forwarding.")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            cli_logger.newline()
+        return ""
 
     def _rewritten(self, cmd: str) -> str:
         """Replace the paths that Ray's own commands name by those of this cluster."""
@@ -187,6 +221,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
             "--nodes=1",
             "--ntasks=1",
             "--unbuffered",
+            "--quit-on-interrupt",
             *(["--pty"] if terminal else []),
             "bash",
             "-c",
@@ -194,10 +229,21 @@ class SlurmCommandRunner(CommandRunnerInterface):
         ]
 
 
-def copy(source: str, target: str) -> None:
+def _excluded(options: dict[str, Any] | None) -> list[str]:
+    """Return the patterns that Ray wants left out; filter files are told to be unknown here."""
+    filters = (options or {}).get("rsync_filter") or []
+    if filters:
+        cli_logger.warning("rsync_filter is not supported here; everything is copied: {}", ", ".join(filters))
+    return list((options or {}).get("rsync_exclude") or [])
+
+
+def copy(source: str, target: str, excluded: Sequence[str] = ()) -> None:
     """Copy a file or a directory on the shared file system as rsync would.
 
-    A source that ends with ``/`` stands for the content of the directory.
+    Args:
+        source: What; one that ends with ``/`` stands for the content of the directory.
+        target: Where to; directories on the way are made.
+        excluded: Patterns of names below a directory to leave out.
 
     Raises:
         click.ClickException: It cannot be copied.
@@ -212,7 +258,8 @@ def copy(source: str, target: str) -> None:
             return
         goal.parent.mkdir(parents=True, exist_ok=True)
         if origin.is_dir():
-            shutil.copytree(origin, goal, symlinks=True, dirs_exist_ok=True)
+            ignore = shutil.ignore_patterns(*(pattern.strip("/") for pattern in excluded))
+            shutil.copytree(origin, goal, symlinks=True, dirs_exist_ok=True, ignore=ignore)
         else:
             shutil.copy2(origin, goal)
     except (OSError, shutil.Error) as error:

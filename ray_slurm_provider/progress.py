@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -38,7 +39,10 @@ class HeadProgress:
     def __enter__(self) -> Self:
         """Begin; name the log."""
         self._console.print(f"log: {self._log}", markup=False)
+        self._console.print("Ctrl-C leaves the job where it is; `ray up` finds it again.", markup=False)
         if self._console.is_terminal:
+            # Ctrl-C ends the process without coming back here, and the live line hides the cursor.
+            atexit.register(self._console.show_cursor)
             self._status = self._console.status("")
             self._status.start()
         return self

@@ -73,10 +73,9 @@ class SlurmJobs:
             logger.info("cancelled job %s", job_id_of(node_id))
 
     def exists(self, node_id: str) -> bool:
-        """Tell whether the controller still knows this very job."""
-        facts = self._client.job_facts(job_id_of(node_id))
-        certificate = read_certificate(facts.get("Comment", ""))
-        return bool(facts) and (certificate is None or certificate.token == node_id.rpartition("-")[2])
+        """Tell whether the controller still knows this very job, and not another that got its id."""
+        certificate = read_certificate(self._client.job_facts(job_id_of(node_id)).get("Comment", ""))
+        return certificate is not None and certificate.node_id(job_id_of(node_id)) == node_id
 
     def how_ended(self, node_id: str) -> str:
         """Return SLURM's word on the end of a job."""

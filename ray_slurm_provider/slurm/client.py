@@ -107,10 +107,6 @@ class SlurmClient:
         except ValueError as error:
             raise SlurmParseError(["scontrol", "show", "job"], 0, text, str(error)) from error
 
-    def knows(self, job_id: str) -> bool:
-        """Tell whether the controller still knows this job: the second question before a job counts as gone."""
-        return self._show("job", job_id) is not None
-
     def job_facts(self, job_id: str) -> dict[str, str]:
         """Return the pairs of ``scontrol show job``; empty when the controller does not know it."""
         return parse.parse_show(self._show("job", job_id) or "")

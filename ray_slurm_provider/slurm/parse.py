@@ -14,7 +14,6 @@ SQUEUE_FORMAT = SEPARATOR.join(SQUEUE_FIELDS)
 # The first word of squeue's header: the header proves that squeue itself answered.
 _HEADER_START = "JOBID" + SEPARATOR + "STATE" + SEPARATOR
 
-_JOB_ID = re.compile(r"\d+(_\d+)?(\+\d+)?$")
 _ANY_JOB_ID = re.compile(r"\d+(_(\d+|\[.*\]))?(\+\d+)?$")
 _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
 _NOTHING = frozenset({"", "None", "N/A", "(null)", "INVALID", "NOT_SET", "Unknown"})
@@ -103,11 +102,6 @@ def parse_job_end(text: str) -> JobEnd:
         exit_code=int(code) if code.isdigit() else 0,
         signal=int(signal) if signal.isdigit() else 0,
     )
-
-
-def is_job_id(word: str) -> bool:
-    """Tell whether this can be the id of one job."""
-    return bool(_JOB_ID.match(word))
 
 
 def parse_mem_mib(text: str | int) -> int:

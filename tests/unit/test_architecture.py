@@ -16,7 +16,7 @@ RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
 LAYERS = [
     {"cli"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
-    {"bootstrap", "progress", "sandbox.lifecycle"},
+    {"bootstrap", "progress", "forward", "sandbox.lifecycle"},
     {"ray_contract", "cluster_yaml", "sandbox.daemons", "sandbox.layout", "sandbox"},
     {"cluster"},
     {"backends.slurm_jobs"},
