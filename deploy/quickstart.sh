@@ -110,7 +110,7 @@ if [ "$keep" = yes ]; then
   eval "\$(ray-slurm sandbox env --state-dir $sandbox)"
 
   ray-slurm nodes $yaml --watch          the jobs, live
-  ray exec $yaml "python examples/estimate_pi.py"
+  ray exec $yaml "python $clone/examples/estimate_pi.py"
   eval "\$(ray-slurm env $yaml)" && ray status
 
 When you are done:

@@ -41,6 +41,8 @@ _UNAVAILABLE_SIGNS = (
     "Slurm temporarily unable to accept job",
 )
 
+_NO_CONFIGURATION_SIGNS = ("failed to fetch config", "Could not establish a configuration source")
+
 _CLIENT_PACKAGES = "slurm-client"
 
 
@@ -141,6 +143,9 @@ def _require_configuration(argv: Sequence[str], env: Mapping[str, str]) -> None:
 
 
 def _failure(argv: Sequence[str], done: subprocess.CompletedProcess[str]) -> SlurmError:
+    if any(sign in done.stderr for sign in _NO_CONFIGURATION_SIGNS):
+        advice = 'This machine knows no SLURM. Is SLURM_CONF set? For a sandbox: eval "$(ray-slurm sandbox env)"'
+        return SlurmNotFound(argv, done.returncode, done.stdout, done.stderr, advice)
     unavailable = any(sign in done.stderr for sign in _UNAVAILABLE_SIGNS)
     kind = SlurmUnavailable if unavailable else SlurmError
     return kind(argv, done.returncode, done.stdout, done.stderr)
