@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,7 +28,6 @@ from ray_slurm_provider.reports import ENDED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from ray_slurm_provider.config import NodeConfig
 
@@ -67,12 +67,7 @@ def fill_out(config: dict[str, Any]) -> dict[str, Any]:
         return _stub(config, str(error))
 
 
-def refuse_autoscaler_v1(environ: Mapping[str, str]) -> None:
-    """Refuse what `ray up` would start with Ray's old autoscaler.
-
-    Raises:
-        ConfigError: It is asked for.
-    """
+def _refuse_autoscaler_v1(environ: Mapping[str, str]) -> None:
     if environ.get(_V2_VARIABLE, "1") != "1":
         raise ConfigError(
             _V2_VARIABLE, "Ray's autoscaler v1 tells nodes apart by their address, and jobs share hosts", "unset, or 1"
@@ -166,6 +161,25 @@ def script(path: Path, node_type: str) -> str:
     node_config = read_node_config(types[node_type]["node_config"], f"available_node_types.{node_type}.node_config")
     cluster = Cluster(config["cluster_name"], read_settings(config["provider"]["slurm"]))
     return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
+
+
+def check_for_up(config: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Refuse what `ray up` alone would stumble over, and only after it has submitted the head.
+
+    Raises:
+        click.ClickException: Nothing has been done yet.
+    """
+    try:
+        _refuse_autoscaler_v1(environ)
+        _refuse_missing_sources(config["file_mounts"])
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _refuse_missing_sources(file_mounts: Mapping[str, str]) -> None:
+    for target, source in file_mounts.items():
+        if not Path(source).expanduser().exists():
+            raise ConfigError(f"file_mounts.{target}", f"{source!r} does not exist here", "a file or directory")
 
 
 def head_changes(config: dict[str, Any]) -> list[str]:

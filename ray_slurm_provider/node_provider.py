@@ -193,7 +193,10 @@ class SlurmNodeProvider(NodeProvider):
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
         """Refuse a YAML with a mistake; Ray calls this second."""
         config = bootstrap.bootstrap(cluster_config)
-        changes = bootstrap.head_changes(config) if "up" in sys.argv[1:] else []
+        if "up" not in sys.argv[1:]:
+            return config
+        bootstrap.check_for_up(config, os.environ)
+        changes = bootstrap.head_changes(config)
         if changes:
             cli_logger.warning("The head runs with another configuration:")
             for change in changes:
@@ -205,7 +208,6 @@ class SlurmNodeProvider(NodeProvider):
 
     @_readable
     def _create_head(self, node_config: dict[str, Any], tags: dict[str, str]) -> None:
-        bootstrap.refuse_autoscaler_v1(os.environ)
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
         config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
         node_id = self._cluster.create_head(node_type, config, tags)

@@ -20,12 +20,12 @@ from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 @pytest.fixture(scope="session")
 def sandbox():
-    """A real SLURM: 3 nodes of 4 CPUs, one with two GPUs besides."""
+    """A real SLURM: 4 nodes of 4 CPUs, one with two GPUs besides."""
     parent = Path(tempfile.mkdtemp(prefix="rst-"))
     parent.chmod(0o755)
     box = Sandbox(parent / "s")
     try:
-        box.up(SandboxSpec(nodes=3, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
+        box.up(SandboxSpec(nodes=4, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
         yield box
     finally:
         box.down()

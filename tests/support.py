@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,25 +34,28 @@ def wait_for(condition, timeout_s, what, poll_s=0.25):
         time.sleep(poll_s)
 
 
-def tasks_script(tmp_path, count, seconds, options="num_cpus=1"):
-    """Write a driver that runs tasks and prints, as JSON, what each saw of its node."""
-    script = tmp_path / f"tasks_{count}_{seconds}_{abs(hash(options))}.py"
+def tasks_script(tmp_path, count, options="num_cpus=1"):
+    """Write a driver that runs tasks, all at the same time, and prints as JSON what each saw of its node."""
+    meeting = Path(tempfile.mkdtemp(dir=tmp_path))
+    script = meeting.with_suffix(".py")
     script.write_text(
         f"""
-import json, os, time
+import json, os, time, uuid
 import ray
 ray.init(log_to_driver=False)
 
 @ray.remote({options})
 def look():
-    time.sleep({seconds})
+    open({str(meeting)!r} + "/" + uuid.uuid4().hex, "w").close()
+    while len(os.listdir({str(meeting)!r})) < {count}:
+        time.sleep(0.1)
     context = ray.get_runtime_context()
     return {{
         "job": os.environ["SLURM_JOB_ID"], "node": context.get_node_id(), "slurm_node": os.environ["SLURMD_NODENAME"],
         "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "env": {{k: v for k, v in os.environ.items() if k.startswith("MY_")}},
     }}
 
-print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], timeout=240)))
+print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], timeout=180)))
 """
     )
     return script

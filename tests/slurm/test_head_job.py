@@ -120,6 +120,12 @@ def test_a_submission_that_slurm_refuses_is_told_in_its_words(make_cluster):
     assert cluster.jobs(everything=True) == []
 
 
+def test_a_missing_source_of_a_file_mount_is_refused(make_cluster):
+    cluster = make_cluster("mounts", file_mounts={"/tmp/x": "/does/not/exist"})
+    assert "file_mounts./tmp/x: '/does/not/exist' does not exist here" in _refusal(cluster.up(check=False))
+    assert cluster.jobs(everything=True) == []
+
+
 def test_the_old_autoscaler_is_refused(make_cluster):
     cluster = make_cluster("old")
     cluster.environ["RAY_UP_enable_autoscaler_v2"] = "0"
@@ -174,7 +180,7 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
     child = one.start("up", one.yaml, "--no-config-cache", "-y")
     two.up()
     assert child.wait(60) == 0
-    script = tasks_script(tmp_path, 1, 0, 'num_cpus=1, resources={"near": 1}')
+    script = tasks_script(tmp_path, 1, 'num_cpus=1, resources={"near": 1}')
     jobs = {}
     for cluster in (one, two):
         (seen,) = cluster.run_on_head(script)
@@ -187,7 +193,7 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
     wait_for(lambda: any(job.queued for job in one.jobs()), 30, "the queued worker of cluster one")
 
     # A worker whose setup fails says so in the autoscaler's log.
-    wants_broken = tasks_script(tmp_path, 1, 0, "resources={'broken': 1}")
+    wants_broken = tasks_script(tmp_path, 1, "resources={'broken': 1}")
     driver = one.start("exec", one.yaml, f"python {wants_broken}")
     log = one.head_monitor_log()
     wait_for(
