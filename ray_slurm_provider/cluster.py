@@ -17,6 +17,7 @@ from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, access_environment
 from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs, preview_script
+from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
@@ -82,6 +83,11 @@ class Node:
     def ready(self) -> bool:
         """Whether Ray runs there."""
         return self.report is not None and self.report.phase == READY
+
+    @property
+    def came_up(self) -> bool:
+        """Whether Ray runs there, or did."""
+        return self.report is not None and bool(self.report.ready_at)
 
     @property
     def address(self) -> str:
@@ -153,6 +159,7 @@ class Cluster:
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
         self._unlisted: set[str] = set()
+        self._backoff = LaunchBackoff(clock)
 
     def slurm_client(self) -> SlurmClient:
         """Return a way to SLURM with this cluster's settings."""
@@ -241,7 +248,8 @@ class Cluster:
         """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
 
         Raises:
-            StateError: The cluster is being taken down, or this is not a head's job.
+            StateError: The cluster is being taken down, nodes of this type failed too often, or this is
+                not a head's job.
         """
         if self.directory.stopping:
             raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
@@ -249,6 +257,9 @@ class Cluster:
         gcs_address = self._environ.get(GCS_ADDRESS_VARIABLE, "")
         if not (head and gcs_address):
             raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
+        reason = self._backoff.why_not_now(node_type)
+        if reason:
+            raise StateError(reason)
         environ = self.directory.environment() or job_environment(self._environ)
         launch = replace(
             self._launch(node_type, config, tags, environ),
@@ -377,7 +388,9 @@ class Cluster:
         self._refuse_incomplete(before, seen_ids)
         for node_id, node in found.items():
             if not node.seen.alive and node_id in before:
-                self._log_end(node)
+                self._note_end(node)
+            elif node.ready and not (node_id in before and before[node_id].ready):
+                self._backoff.succeeded(node.tags.get(TAG_TYPE, ""))
         listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
         self._unlisted.difference_update(listed)
         self._known.update(found)
@@ -389,10 +402,13 @@ class Cluster:
             if node_id not in seen_ids and self._backend.exists(node_id):
                 raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
 
-    def _log_end(self, node: Node) -> None:
-        failed = node.seen.state not in {"CANCELLED", "COMPLETING", "COMPLETED"} or self.directory.reason(node.node_id)
+    def _note_end(self, node: Node) -> None:
+        reason = self.directory.reason(node.node_id)
+        failed = reason or node.seen.state not in {"CANCELLED", "COMPLETING", "COMPLETED"}
         if node.is_head:
             return  # whoever waits for it tells the user
+        if failed and not node.came_up:
+            self._backoff.failed(node.tags.get(TAG_TYPE, ""), reason or node.seen.state)
         if failed:
             logger.warning("%s", self.obituary(node.node_id))
         else:

@@ -34,6 +34,7 @@ class NodeReport:
         ports: Ray's ports by name; a head has ``gcs``, ``client`` and ``dashboard``.
         temp_dir: Ray's temporary directory on that host.
         reason: Why it ended; "" while it lives.
+        ready_at: When Ray was up, seconds since the epoch; 0 when it never was.
         time: When this was written, seconds since the epoch.
     """
 
@@ -45,6 +46,7 @@ class NodeReport:
     ports: dict[str, int] = field(default_factory=dict)
     temp_dir: str = ""
     reason: str = ""
+    ready_at: float = 0.0
     time: float = field(default_factory=time.time)
 
     @property
@@ -130,6 +132,7 @@ def _from_json(value: dict[str, Any]) -> NodeReport | None:
             ports={str(name): int(port) for name, port in dict(value.get("ports") or {}).items()},
             temp_dir=str(value.get("temp_dir", "")),
             reason=str(value.get("reason", "")),
+            ready_at=float(value.get("ready_at", 0)),
             time=float(value.get("time", 0)),
         )
     except (KeyError, TypeError, ValueError):

@@ -247,7 +247,7 @@ class Supervisor:
             text = self._shell_environment()
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self._paths.head_environment, text)
-        self._publish(phase=READY)
+        self._publish(phase=READY, ready_at=time.time())
         self._end_turn()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
@@ -295,14 +295,13 @@ class Supervisor:
     # -- the end --------------------------------------------------------------------------------
 
     def _finish(self, reason: str, code: int) -> None:
-        never_ready = self._report.phase != READY
         logger.info("the node ends: %s", reason)
         if self._spec.is_head:
             # Before the end of Ray takes its time: the controller may kill us at any moment now.
             self._publish(phase=ENDED, reason=reason)
             self._cancel_workers()
         self._end_processes()
-        if code and never_ready and not read_reason(self._paths.reason(self._node_id)):
+        if code and not self._report.ready_at and not read_reason(self._paths.reason(self._node_id)):
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
         if not self._spec.is_head:

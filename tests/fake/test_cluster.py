@@ -159,6 +159,28 @@ def test_a_job_that_ended_before_it_was_listed_is_listed_once(monitor, fake_slur
     assert monitor.last_seen(worker).tags == WORKER
 
 
+def test_a_type_whose_nodes_do_not_come_up_is_tried_again_after_a_pause(monitor, fake_slurm, clock):
+    def fail():
+        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+        monitor.directory.reports.reason(worker).write_text("setup[0] failed with exit code 1: false\n")
+        monitor.nodes()
+        fake_slurm.change(worker.partition("-")[0], state="FAILED")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+
+    for _ in range(3):
+        fail()
+    submitted = len(fake_slurm.jobs())
+    with pytest.raises(StateError, match="setup.0. failed with exit code 1"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert len(fake_slurm.jobs()) == submitted
+    monitor.create_workers("other", CONFIG, {**WORKER, TAG_TYPE: "other"}, 1)
+    clock.now += 10
+    monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert len(fake_slurm.jobs()) == submitted + 2
+
+
 @pytest.mark.parametrize("state", ["CONFIGURING", "SUSPENDED", "STAGE_OUT", "REQUEUED", "NEVER_HEARD_OF"])
 def test_states_that_are_not_an_end_count_as_alive(monitor, fake_slurm, clock, state):
     (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)

@@ -21,7 +21,7 @@ LAYERS = [
     {"cluster"},
     {"backends.slurm_jobs"},
     {"backends.base", "backends"},
-    {"batch_script", "cluster_dir", "resources"},
+    {"batch_script", "cluster_dir", "resources", "backoff"},
     {"config", "agent.__main__"},
     {"sbatch_options"},
     {"fields"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,10 +156,13 @@ def test_control_characters_in_a_directive_are_refused(option, value):
         render(_spec(**{option: value}))
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not here")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not here")
 def test_shellcheck_has_nothing_to_say_about_a_script():
     script = render(_spec(steps=[("s", "echo 'a' \"b\"")], env={"A": "b c"}, wait_for_go=True))
-    done = subprocess.run(["shellcheck", "--severity=warning", "-"], input=script, text=True, capture_output=True)
+    done = subprocess.run([SHELLCHECK, "--severity=warning", "-"], input=script, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
 
 

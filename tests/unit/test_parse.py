@@ -52,7 +52,7 @@ def test_no_text_makes_the_parser_fail_in_another_way(text):
         pass
 
 
-@given(st.lists(st.tuples(st.integers(1, 10**6), st.text(), st.text()), max_size=5))
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.text(), st.text()), max_size=5, unique_by=lambda row: row[0]))
 def test_whatever_name_and_comment_hold_every_row_is_found(rows):
     body = "".join(_row(str(number), name=name, comment=comment) + "\n" for number, name, comment in rows)
     found = [job.job_id for job in parse.parse_squeue(f"{HEADER}\n{body}")]
