@@ -65,6 +65,7 @@ _HEAD_CHECK_S = 5.0
 _HEAD_REFUSED_S = 15.0
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
+_LEFTOVERS_S = 5.0
 _START_ATTEMPTS = 3
 _TAIL_BYTES = 8192
 
@@ -104,7 +105,7 @@ class Supervisor:
         """Run the node to its end and return the job's exit code."""
         wakeup = kernel.watch_signals(self._signals)
         kernel.become_subreaper()
-        release_guard = start_guard(self._cancel_workers) if self._spec.is_head else None
+        release_guard = start_guard(self._clean_up_after_kill)
         code = 1
         reason = "the agent failed"
         try:
@@ -114,8 +115,7 @@ class Supervisor:
             reason = str(error)
         finally:
             self._finish(reason, code)
-            if release_guard is not None:
-                release_guard()
+            release_guard()
         return code
 
     # -- before Ray -----------------------------------------------------------------------------
@@ -323,6 +323,18 @@ class Supervisor:
             kernel.reap()
             time.sleep(0.02)
         kernel.reap()
+
+    def _clean_up_after_kill(self) -> None:
+        """Do in the guard what the agent cannot do any more: end what it left, and the cluster of a head."""
+        if self._spec.is_head:
+            self._cancel_workers()
+        mark = f"RAY_CLOUD_INSTANCE_ID={self._node_id}".encode()
+        deadline = time.monotonic() + _LEFTOVERS_S
+        while time.monotonic() < deadline:
+            # A process of Ray that was just starting goes on without its raylet for a minute.
+            procfs.send((p for p in procfs.processes() if mark in p.read("environ").split(b"\0")), signal.SIGKILL)
+            time.sleep(_LOOP_S)
+        sweep_temp_dirs(self._spec.temp_dir)
 
     def _cancel_workers(self) -> None:
         """Cancel every job of this head, queued ones too; but not the own one."""

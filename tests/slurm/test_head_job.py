@@ -207,7 +207,7 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
     before = {job.job_id for job in two.jobs()}
     os.kill(one.process(one.head_job().job_id, "gcs_server").pid, signal.SIGKILL)
     wait_for(lambda: not one.jobs(), 90, "the end of every job of cluster one")
-    wait_for(lambda: not one.processes(), 30, "the end of every process of cluster one")
+    one.wait_until_no_process_is_left(30)
     assert {job.job_id for job in two.jobs()} == before
     one.down()
     assert not one.root.exists()
@@ -218,6 +218,6 @@ def test_two_clusters_live_side_by_side_and_the_death_of_one_head_ends_only_its_
         if process.name != "rsp-guard":
             os.kill(process.pid, signal.SIGKILL)
     wait_for(lambda: not two.jobs(), 90, "the end of every job of cluster two")
-    wait_for(lambda: not two.processes(), 60, "the end of every process of cluster two")
+    two.wait_until_no_process_is_left(60)
     two.down()
     assert not two.root.exists()
