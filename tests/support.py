@@ -170,10 +170,10 @@ class UserCluster:
         temp_dir = json.loads((self.root / "head.json").read_text())["temp_dir"]
         return Path(temp_dir) / "session_latest" / "logs" / "monitor.log"
 
-    def wait_until_no_process_is_left(self, timeout_s):
+    def wait_until_no_process_is_left(self, timeout_s, job_id=None):
         """Wait for the end of every process of this cluster's jobs; name those that stay."""
-        if not procfs.wait_until(lambda: not self.processes(), timeout_s):
-            left = [f"{p.pid} {p.name} {p.read('cmdline')[:300]!r} parent {p.parent}" for p in self.processes()]
+        if not procfs.wait_until(lambda: not self.processes(job_id), timeout_s):
+            left = [f"{p.pid} {p.name} {p.read('cmdline')[:300]!r} parent {p.parent}" for p in self.processes(job_id)]
             assert not left, left
 
     def destroy(self):

@@ -1,43 +1,68 @@
-"""A process that cleans up when the agent itself is killed."""
+"""The parent of the agent: a process that does nothing but outlive it.
+
+It is the job's batch process. When the agent itself is killed, its orphans come to the guard, which ends
+them; when the guard is killed, the kernel sends the agent SIGTERM, and the agent ends everything.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.agent import kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GUARD_NAME = "rsp-guard"
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_LEFTOVERS_S = 5.0
+_POLL_S = 0.05
 
 
-def start_guard(clean_up: Callable[[], None]) -> Callable[[], None]:
-    """Fork a process that cleans up when this one is killed; return what releases it.
+def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
+    """Run the agent in a child of this process and return the job's exit code.
 
-    Where SLURM tracks processes by cgroup it dies with the job, and the workers notice by themselves.
+    Args:
+        agent: Runs the node to its end and returns the exit code.
+        clean_up: Does what the agent would have done at the end; called here when the agent was killed.
     """
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(read_end)
+    kernel.become_subreaper()
+    # No signal may fall between the fork and the handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    child = os.fork()
+    if child == 0:
+        kernel.die_with_parent(signal.SIGTERM)
+        os._exit(agent())
+    Path("/proc/self/comm").write_text(GUARD_NAME)
+    for number in _FORWARDED:
+        signal.signal(number, lambda received, _: kernel.send(child, received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+    status = _wait_for(child)
+    _end_orphans()
+    if os.WIFSIGNALED(status):
+        clean_up()
+    return os.waitstatus_to_exitcode(status) & 0x7F
 
-        def release() -> None:
-            with contextlib.suppress(OSError):
-                os.write(write_end, b"x")
-                os.close(write_end)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
 
-        return release
-    os.close(write_end)
-    with contextlib.suppress(BaseException):
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        Path("/proc/self/comm").write_text(GUARD_NAME)
-        if not os.read(read_end, 1):
-            clean_up()
-    os._exit(0)
+def _wait_for(child: int) -> int:
+    """Wait for the agent, and let dead orphans go meanwhile."""
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            return status
+
+
+def _end_orphans() -> None:
+    deadline = time.monotonic() + _LEFTOVERS_S
+    while time.monotonic() < deadline:
+        left = procfs.descendants(os.getpid())
+        if not left:
+            break
+        procfs.send(left, signal.SIGKILL)
+        kernel.reap()
+        time.sleep(_POLL_S)

@@ -36,9 +36,15 @@ def drain_wakeup(reader: socket.socket) -> bool:
     return True
 
 
-def die_with_parent() -> None:
-    """Run in the child: the kernel ends it when the agent is killed, and Ray ends its own children the same way."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Run in a child: it gets this signal from the kernel when its parent ends; Ray ends its own children so too."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may be gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _prctl(option: int, value: int) -> None:

@@ -1,9 +1,9 @@
 """Starts Ray in the job, watches it, and ends the job with it.
 
 # Design:
-The agent *is* the job's batch process: when it ends, the job ends. It is a child subreaper (prctl(2)), so
-whatever Ray leaves behind becomes its child and is ended with it. One loop waits for Ray's output, for
-signals and for time; there are no threads. What it watches:
+When the agent ends, the job ends: its parent, the guard, is the job's batch process. Both are child
+subreapers (prctl(2)), so whatever Ray leaves behind becomes their child and is ended with them. One loop
+waits for Ray's output, for signals and for time; there are no threads. What it watches:
 
 * ``ray start`` or the raylet ended: the job ends at once, for an allocation without a raylet is waste.
 * SIGTERM (scancel, or the end of the time limit): Ray is ended and cleaned up after.
@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import kernel, network, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
-from ray_slurm_provider.agent.guard import GUARD_NAME, start_guard
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError
@@ -65,7 +64,6 @@ _HEAD_CHECK_S = 5.0
 _HEAD_REFUSED_S = 15.0
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
-_LEFTOVERS_S = 5.0
 _START_ATTEMPTS = 3
 _TAIL_BYTES = 8192
 
@@ -104,8 +102,9 @@ class Supervisor:
     def run(self) -> int:
         """Run the node to its end and return the job's exit code."""
         wakeup = kernel.watch_signals(self._signals)
+        # The guard has blocked them until someone listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
         kernel.become_subreaper()
-        release_guard = start_guard(self._clean_up_after_kill)
         code = 1
         reason = "the agent failed"
         try:
@@ -115,7 +114,6 @@ class Supervisor:
             reason = str(error)
         finally:
             self._finish(reason, code)
-            release_guard()
         return code
 
     # -- before Ray -----------------------------------------------------------------------------
@@ -316,7 +314,7 @@ class Supervisor:
                 self._child.wait(_GRACE_S)
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline:
-            left = [process for process in procfs.descendants(os.getpid()) if process.name != GUARD_NAME]
+            left = procfs.descendants(os.getpid())
             if not left:
                 break
             procfs.send(left, signal.SIGKILL)
@@ -324,16 +322,10 @@ class Supervisor:
             time.sleep(0.02)
         kernel.reap()
 
-    def _clean_up_after_kill(self) -> None:
-        """Do in the guard what the agent cannot do any more: end what it left, and the cluster of a head."""
+    def clean_up_after_kill(self) -> None:
+        """Do in the guard what a killed agent cannot do any more; it ends the processes itself."""
         if self._spec.is_head:
             self._cancel_workers()
-        mark = f"RAY_CLOUD_INSTANCE_ID={self._node_id}".encode()
-        deadline = time.monotonic() + _LEFTOVERS_S
-        while time.monotonic() < deadline:
-            # A process of Ray that was just starting goes on without its raylet for a minute.
-            procfs.send((p for p in procfs.processes() if mark in p.read("environ").split(b"\0")), signal.SIGKILL)
-            time.sleep(_LOOP_S)
         sweep_temp_dirs(self._spec.temp_dir)
 
     def _cancel_workers(self) -> None:

@@ -145,6 +145,28 @@ def test_a_job_whose_raylet_is_killed_is_gone_at_once(cluster):
     wait_for(lambda: not cluster.processes(victim.job_id), 15, "the end of its processes")
 
 
+def test_a_worker_that_hears_of_its_time_limit_moves_its_work_away_and_ends(cluster, tmp_path):
+    (seen,) = cluster.run_on_head(tasks_script(tmp_path, 1))
+    job = seen["job"]
+    # What `--signal=B:USR1@...` makes SLURM send.
+    cluster.client.tools.run(["scancel", "--batch", "--signal=USR1", job])
+    wait_for(lambda: job not in {job.job_id for job in cluster.jobs()}, 60, f"the end of job {job}")
+    (log,) = cluster.root.glob(f"logs/{job}-*.log")
+    assert "the time limit is near: Ray moves its work away" in log.read_text()
+    cluster.wait_until_no_process_is_left(15, job)
+
+
+@pytest.mark.parametrize("victim", ["agent", "guard"])
+def test_a_job_whose_agent_or_guard_is_killed_leaves_nothing_behind(cluster, tmp_path, victim):
+    (seen,) = cluster.run_on_head(tasks_script(tmp_path, 1))
+    job = seen["job"]
+    guard = cluster.process(job, "rsp-guard")
+    agent = next(process for process in cluster.processes(job) if process.parent == guard.pid)
+    os.kill((agent if victim == "agent" else guard).pid, signal.SIGKILL)
+    wait_for(lambda: job not in {job.job_id for job in cluster.jobs()}, 15, f"the end of job {job}")
+    cluster.wait_until_no_process_is_left(15, job)
+
+
 def test_only_the_head_is_left_after_the_idle_time(cluster):
     wait_for(lambda: [job.name for job in cluster.jobs()] == ["ray-main-head"], 90, "only the head left")
 
