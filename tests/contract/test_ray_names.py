@@ -40,7 +40,8 @@ def test_our_tags_are_rays():
 )
 def test_our_methods_take_what_ray_gives(name):
     if not hasattr(NodeProvider, name):
-        assert name == "cleanup_cluster_resources"
+        # Ray looks for the first by its name; older ones do not know the second.
+        assert name in {"cleanup_cluster_resources", "nodes_for_teardown"}
         return
     theirs = list(inspect.signature(getattr(NodeProvider, name)).parameters)
     ours = list(inspect.signature(getattr(SlurmNodeProvider, name)).parameters)
