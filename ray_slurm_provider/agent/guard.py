@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import kernel
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 GUARD_NAME = "rsp-guard"
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _LEFTOVERS_S = 5.0
-_POLL_S = 0.05
 
 
 def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
@@ -43,7 +40,7 @@ def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
         signal.signal(number, lambda received, _: kernel.send(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     status = _wait_for(child)
-    _end_orphans()
+    kernel.end_descendants(_LEFTOVERS_S)
     if os.WIFSIGNALED(status):
         clean_up()
     return os.waitstatus_to_exitcode(status) & 0x7F
@@ -55,14 +52,3 @@ def _wait_for(child: int) -> int:
         pid, status = os.wait()
         if pid == child:
             return status
-
-
-def _end_orphans() -> None:
-    deadline = time.monotonic() + _LEFTOVERS_S
-    while time.monotonic() < deadline:
-        left = procfs.descendants(os.getpid())
-        if not left:
-            break
-        procfs.send(left, signal.SIGKILL)
-        kernel.reap()
-        time.sleep(_POLL_S)

@@ -7,7 +7,11 @@ import ctypes
 import os
 import signal
 import socket
+import time
 
+from ray_slurm_provider import procfs
+
+_POLL_S = 0.02
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -56,3 +60,13 @@ def reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+def end_descendants(timeout_s: float) -> None:
+    """Kill everything below this process, also what it inherited as subreaper, and what that starts meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while (left := procfs.descendants(os.getpid())) and time.monotonic() < deadline:
+        procfs.send(left, signal.SIGKILL)
+        reap()
+        time.sleep(_POLL_S)
+    reap()

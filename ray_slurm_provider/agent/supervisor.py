@@ -312,15 +312,7 @@ class Supervisor:
             self._child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(_GRACE_S)
-        deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline:
-            left = procfs.descendants(os.getpid())
-            if not left:
-                break
-            procfs.send(left, signal.SIGKILL)
-            kernel.reap()
-            time.sleep(0.02)
-        kernel.reap()
+        kernel.end_descendants(_GRACE_S)
 
     def clean_up_after_kill(self) -> None:
         """Do in the guard what a killed agent cannot do any more; it ends the processes itself."""
