@@ -22,7 +22,7 @@ _LEFTOVERS_S = 5.0
 
 
 def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
-    """Run the agent in a child of this process and return the job's exit code.
+    """Run the agent in a child of this process and return the job's exit code, 128 + N after signal N.
 
     Args:
         agent: Runs the node to its end and returns the exit code.
@@ -43,7 +43,8 @@ def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
     kernel.end_descendants(_LEFTOVERS_S)
     if os.WIFSIGNALED(status):
         clean_up()
-    return os.waitstatus_to_exitcode(status) & 0x7F
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
 
 
 def _wait_for(child: int) -> int:

@@ -193,3 +193,16 @@ def test_processes_are_told_apart_from_zombies_and_from_later_ones():
     # Not waited for: a zombie.
     assert procfs.wait_until(lambda: not procfs.alive(process), 5)
     child.wait()
+
+
+@pytest.mark.parametrize(
+    ("agent", "code", "cleaned"),
+    [("lambda: 3", 3, ""), ("lambda: 255", 255, ""), ("lambda: os.kill(os.getpid(), 9)", 137, "cleaned")],
+)
+def test_the_guard_passes_the_exit_code_on_and_cleans_up_after_a_killed_agent(agent, code, cleaned):
+    program = (
+        "import os, sys; from ray_slurm_provider.agent.guard import run_guarded;"
+        f"sys.exit(run_guarded({agent}, lambda: print('cleaned')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.strip()) == (code, cleaned)
