@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and tests/run.sh: what a bare Debian or Ubuntu machine lacks.
 
-# Install the Debian packages that are missing; says so first. Uses sudo when not root.
+# install_prerequisites [TOOL:PACKAGE...]: install the Debian packages of these and of the usual tools that are
+# missing; says so first. Uses sudo when not root.
 install_prerequisites() {
-    local missing=() tool package
-    for pair in munged:munge slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client; do
+    local missing=() pair tool package
+    for pair in munged:munge slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client rsync:rsync "$@"; do
         tool=${pair%%:*} package=${pair##*:}
         PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null || missing+=("$package")
     done

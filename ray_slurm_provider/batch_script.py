@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Signals reach a job up to 60 s early (sbatch(1), --signal), and the agent needs a few seconds itself.
 _DRAIN_SIGNAL = "USR1"
+# What a job knows of its own number; an element of an array has two (sbatch(1), OUTPUT ENVIRONMENT VARIABLES).
+_JOB_NUMBER = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 _SAFE_WORD = re.compile(r"[A-Za-z0-9@%+=:,./_-]+")
 
 
@@ -64,38 +66,49 @@ class JobSpec:
 
 
 def render(spec: JobSpec) -> str:
-    """Return the batch script.
+    """Return the batch script of a job.
 
     Raises:
         ConfigError: A value cannot stand in a directive.
     """
+    directives = (_directive(name, value) for name, value in sorted(directive_values(spec).items()))
+    return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *_body(spec)])
+
+
+def render_process(spec: JobSpec, host: str) -> str:
+    """Return the script of a head that is a process on the login node, with no SLURM around it.
+
+    Args:
+        spec: What it says.
+        host: Name of the login node, as it stands in the node's id.
+    """
+    redirect = 'exec >>"$RAY_SLURM_DIR/logs/$RAY_CLOUD_INSTANCE_ID.log" 2>&1'
+    return "\n".join(["#!/bin/bash", "", *_identity(spec, f"login-{host}-$$"), redirect, *_body(spec)])
+
+
+def _identity(spec: JobSpec, number: str) -> list[str]:
+    return [
+        f"# Ray node of type {json.dumps(spec.node_type)}; made by ray-slurm-provider.",
+        f"export RAY_SLURM_DIR={shlex.quote(str(spec.cluster_dir))}",
+        f'export RAY_CLOUD_INSTANCE_ID="{number}-{spec.token}"',
+        f"export RAY_NODE_TYPE_NAME={shlex.quote(spec.node_type)}",
+    ]
+
+
+def _body(spec: JobSpec) -> list[str]:
     agent = json.dumps(dict(spec.agent), sort_keys=True)
-    directives = "\n".join(_directive(name, value) for name, value in sorted(directive_values(spec).items()))
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            directives,
-            "",
-            f"# Ray node of type {json.dumps(spec.node_type)}; made by ray-slurm-provider.",
-            f"export RAY_SLURM_DIR={shlex.quote(str(spec.cluster_dir))}",
-            (
-                'export RAY_CLOUD_INSTANCE_ID="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}'
-                "${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-                f'-{spec.token}"'
-            ),
-            f"export RAY_NODE_TYPE_NAME={shlex.quote(spec.node_type)}",
-            *([f'export PATH={shlex.quote(spec.path_prefix)}:"$PATH"'] if spec.path_prefix else []),
-            "cd || :",
-            "",
-            static_part().rstrip(),
-            "",
-            *([f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"'] if spec.wait_for_go else []),
-            *(f"export {name}={shlex.quote(str(value))}" for name, value in sorted(spec.env.items())),
-            *(f"ray_slurm_step {shlex.quote(where)} {shlex.quote(command)}" for where, command in spec.steps),
-            f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(agent)}",
-            "",
-        ]
-    )
+    return [
+        *([f'export PATH={shlex.quote(spec.path_prefix)}:"$PATH"'] if spec.path_prefix else []),
+        "cd || :",
+        "",
+        static_part().rstrip(),
+        "",
+        *([f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"'] if spec.wait_for_go else []),
+        *(f"export {name}={shlex.quote(str(value))}" for name, value in sorted(spec.env.items())),
+        *(f"ray_slurm_step {shlex.quote(where)} {shlex.quote(command)}" for where, command in spec.steps),
+        f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(agent)}",
+        "",
+    ]
 
 
 def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PREFIX = "ray-slurm:1:"
+# A head on the login node has no comment: it carries its certificate in its environment.
+CERTIFICATE_VARIABLE = "RAY_SLURM_CERTIFICATE"
 # SLURM refuses longer comments (measured, 22.05).
 MAX_LENGTH = 1024
 _TOKEN_LENGTH = 6
@@ -80,6 +82,11 @@ def read_certificate(comment: str) -> BirthCertificate | None:
 def new_token() -> str:
     """Return a token for one submission."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(_TOKEN_LENGTH))
+
+
+def node_number(node_id: str) -> int:
+    """Return a number that stands for a node: autoscaler v1 knows nodes by number where addresses are shared."""
+    return int(node_id.rpartition("-")[2], 36) + 1
 
 
 def job_id_of(node_id: str) -> str:

@@ -18,11 +18,14 @@ import click
 import jsonschema
 
 from ray_slurm_provider import resources
+from ray_slurm_provider.agent.ports import port_range
+from ray_slurm_provider.agent.ray_command import WORKER_PORTS_BESIDES_TASKS
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load
 from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.file_sync import is_shared
 from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema, prepare_config
 from ray_slurm_provider.reports import ENDED
 
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from ray_slurm_provider.config import NodeConfig
 
 _REFUSED = "refused"
-_V2_VARIABLE = "RAY_UP_enable_autoscaler_v2"
 # `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.
 _HEAD_START = ["ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml"]
 _DEFAULTS: dict[str, Any] = {
@@ -55,6 +57,8 @@ _PROVIDER_FLAGS = {
     "disable_launch_config_check": True,
     "foreground_node_launch": True,
     "worker_liveness_check": False,
+    # Autoscaler v1 takes nodes of one address for one node; v2 ignores this.
+    "use_node_id_as_ip": True,
 }
 _PROVIDER_KEYS = frozenset({"type", "module", "slurm", "_config_cache_path", *_PROVIDER_FLAGS})
 
@@ -65,13 +69,6 @@ def fill_out(config: dict[str, Any]) -> dict[str, Any]:
         return resolve(config)
     except ConfigError as error:
         return _stub(config, str(error))
-
-
-def _refuse_autoscaler_v1(environ: Mapping[str, str]) -> None:
-    if environ.get(_V2_VARIABLE, "1") != "1":
-        raise ConfigError(
-            _V2_VARIABLE, "Ray's autoscaler v1 tells nodes apart by their address, and jobs share hosts", "unset, or 1"
-        )
 
 
 def bootstrap(config: dict[str, Any]) -> dict[str, Any]:
@@ -163,23 +160,30 @@ def script(path: Path, node_type: str) -> str:
     return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
 
 
-def check_for_up(config: dict[str, Any], environ: Mapping[str, str]) -> None:
+def check_for_up(config: dict[str, Any]) -> None:
     """Refuse what `ray up` alone would stumble over, and only after it has submitted the head.
 
     Raises:
         click.ClickException: Nothing has been done yet.
     """
     try:
-        _refuse_autoscaler_v1(environ)
-        _refuse_missing_sources(config["file_mounts"])
+        _check_file_mounts(config)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _refuse_missing_sources(file_mounts: Mapping[str, str]) -> None:
-    for target, source in file_mounts.items():
+def _check_file_mounts(config: dict[str, Any]) -> None:
+    shared = read_settings(config["provider"].get("slurm")).directory()
+    head = config["available_node_types"][config["head_node_type"]]["node_config"]
+    for target, source in config["file_mounts"].items():
         if not Path(source).expanduser().exists():
             raise ConfigError(f"file_mounts.{target}", f"{source!r} does not exist here", "a file or directory")
+        if head["placement"] == "slurm" and not is_shared(target, shared):
+            raise ConfigError(
+                f"file_mounts.{target}",
+                "is on a file system of this host alone, and the jobs run on others",
+                "a path that all hosts share; or a setup command that copies it from one",
+            )
 
 
 def head_changes(config: dict[str, Any]) -> list[str]:
@@ -234,9 +238,14 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
     written = node_type.get("resources") or {}
     if not isinstance(written, dict):
         raise ConfigError(f"{path}.resources", f"{written!r} is no mapping", "names of resources and whole numbers")
-    derived = resources.derive(node_config.sbatch, accelerators)
-    merged = resources.merge(written, node_config.sbatch, derived, f"{path}.resources")
+    if node_config.placement == "login_node":
+        _check_login_node(config, name, node_config, path)
+        merged = resources.on_login_node(written, f"{path}.resources")
+    else:
+        derived = resources.derive(node_config.sbatch, accelerators)
+        merged = resources.merge(written, node_config.sbatch, derived, f"{path}.resources")
     labels = node_type.get("labels") or {}
+    _check_worker_ports(config, name, merged)
     node_type["resources"] = merged
     node_type["node_config"] = {
         **node_config.model_dump(exclude_none=True),
@@ -247,6 +256,32 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
             "labels": labels,
         },
     }
+
+
+def _check_worker_ports(config: dict[str, Any], name: str, resources_: Mapping[str, int]) -> None:
+    within = config["provider"]["slurm"].get("ports", {}).get("workers")
+    if within is None:
+        return
+    needed = resources_.get("CPU", 0) + WORKER_PORTS_BESIDES_TASKS
+    found = len(port_range(within))
+    if found < needed:
+        raise ConfigError(
+            "provider.slurm.ports.workers",
+            f"{within} holds {found} ports, and a node of type {name} needs {needed}: one for each of its"
+            f" {resources_.get('CPU', 0)} CPUs and {WORKER_PORTS_BESIDES_TASKS} more",
+            "a larger range",
+        )
+
+
+def _check_login_node(config: dict[str, Any], name: str, node_config: NodeConfig, path: str) -> None:
+    if name != config["head_node_type"]:
+        raise ConfigError(
+            f"{path}.node_config.placement", "only the head can be on the login node", "slurm, for workers"
+        )
+    if node_config.sbatch.chosen():
+        raise ConfigError(
+            f"{path}.node_config.sbatch", "a head on the login node is no job", "placement: slurm, or no sbatch options"
+        )
 
 
 def _steps(

@@ -29,9 +29,10 @@ _yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_ty
 
 @cli.command()
 @_yaml
-def env(config: Path) -> None:
+@click.option("--client", is_flag=True, help="For Ray Client: RAY_ADDRESS begins with ray://.")
+def env(config: Path, client: bool) -> None:
     """Print the exports for: eval "$(ray-slurm env CLUSTER.yaml)"."""
-    for name, value in open_cluster(config).access().items():
+    for name, value in open_cluster(config).access(client=client).items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
 

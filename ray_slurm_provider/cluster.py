@@ -13,15 +13,24 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider import procfs
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, access_environment
+from ray_slurm_provider import procfs, tls
+from ray_slurm_provider.agent.network import own_addresses
+from ray_slurm_provider.agent.ray_command import (
+    GCS_ADDRESS_VARIABLE,
+    TEMP_DIR_VARIABLE,
+    V2_VARIABLE,
+    access_environment,
+)
 from ray_slurm_provider.backends.base import Launch
-from ray_slurm_provider.backends.slurm_jobs import SlurmJobs, preview_script
+from ray_slurm_provider.backends.launch_script import preview_script
+from ray_slurm_provider.backends.login_process import PREFIX, LoginProcess, host_name
+from ray_slurm_provider.backends.places import Places
+from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
-from ray_slurm_provider.reports import READY
+from ray_slurm_provider.reports import ENDED, READY
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
@@ -45,6 +54,7 @@ STATUS_UP_TO_DATE = "up-to-date"
 
 _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
+_RESTART_S = 60.0
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
 _NOT_FOR_JOBS = (
@@ -90,11 +100,16 @@ class Node:
         return self.report is not None and bool(self.report.ready_at)
 
     @property
+    def label(self) -> str:
+        """What it is, for a person."""
+        return f"process {self.node_id}" if self.node_id.startswith(PREFIX) else f"job {self.node_id}"
+
+    @property
     def address(self) -> str:
         """The address that Ray uses there, or a name for a node that has none yet."""
         if self.report is not None and self.report.address:
             return self.report.address
-        return f"slurm-job-{self.node_id}"
+        return self.node_id if self.node_id.startswith(PREFIX) else f"slurm-job-{self.node_id}"
 
 
 def join(
@@ -137,7 +152,7 @@ class Cluster:
         name: The cluster's name.
         settings: ``provider.slurm``.
         environ: The environment of this process.
-        backend: Where its nodes run; SLURM jobs when None.
+        backend: Where its nodes run; SLURM and the login node when None.
         clock: A monotonic clock, seconds.
     """
 
@@ -154,7 +169,9 @@ class Cluster:
         self.directory = ClusterDir(settings.directory(), name)
         self._environ = dict(os.environ if environ is None else environ)
         self._clock = clock
-        self._backend = backend or SlurmJobs(self.slurm_client(), name, self.directory.fingerprint)
+        self._backend = backend or Places(
+            SlurmJobs(self.slurm_client(), name, self.directory.fingerprint), LoginProcess(self.directory, name)
+        )
         self._lock = threading.Lock()
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
@@ -205,8 +222,11 @@ class Cluster:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head), None)
 
-    def access(self) -> dict[str, str]:
+    def access(self, *, client: bool = False) -> dict[str, str]:
         """Return the variables that a shell needs to use the cluster.
+
+        Args:
+            client: Whether drivers shall use Ray Client, through the head's client port.
 
         Raises:
             StateError: No head is up.
@@ -215,9 +235,30 @@ class Cluster:
         if report is None or report.phase != READY:
             raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
         return {
-            "RAY_ADDRESS": report.gcs_address,
+            "RAY_ADDRESS": report.client_address if client else report.gcs_address,
             **access_environment(self.directory.root, token_auth=self.settings.token_auth),
+            **self._tls_access(),
         }
+
+    def _tls_access(self) -> dict[str, str]:
+        """Return the variables with which this host takes part in the cluster's TLS."""
+        if not self.settings.tls:
+            return {}
+        own = self.directory.tls / host_name()
+        # Made anew each time: the host's addresses may have changed.
+        tls.make_certificate(self.directory.tls, own, own_addresses())
+        return tls.tls_environment(self.directory.tls, own)
+
+    def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
+        """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""
+        left = self.directory.min_workers()
+        kept = set()
+        for node in sorted((self.last_seen(node_id) for node_id in node_ids), key=lambda node: node.seen.queued):
+            node_type = node.tags.get(TAG_TYPE, "")
+            if left.get(node_type, 0) > 0:
+                left[node_type] -= 1
+                kept.add(node.node_id)
+        return kept
 
     def log_of(self, node_id: str) -> Path:
         """Return where the job of a node writes."""
@@ -229,7 +270,8 @@ class Cluster:
         report = self.directory.report(node_id)
         if not why and report is not None:
             why = report.reason
-        lines = [f"job {node_id} ended: {self._backend.how_ended(node_id)}"]
+        known = self._known.get(node_id)
+        lines = [f"{known.label if known else node_id} ended: {self._backend.how_ended(node_id)}"]
         lines += [f"  reason: {why}"] if why else []
         lines += [f"  log: {self.log_of(node_id)}"]
         return "\n".join(lines + [f"  | {line}" for line in log_tail(self.log_of(node_id))])
@@ -239,6 +281,8 @@ class Cluster:
     def create_head(self, node_type: str, config: NodeConfig, tags: Mapping[str, str]) -> str:
         """Submit the head's job and return its node id."""
         self.directory.prepare()
+        if self.settings.tls:
+            tls.make_authority(self.directory.tls, self.name)
         self.directory.set_stopping(False)
         environ = job_environment(self._environ)
         self.directory.save_environment(environ)
@@ -257,6 +301,9 @@ class Cluster:
         gcs_address = self._environ.get(GCS_ADDRESS_VARIABLE, "")
         if not (head and gcs_address):
             raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
+        report = self.directory.report(head)
+        if report is not None and report.phase == ENDED:
+            raise StateError(f"the head {head} is ending; nothing is submitted")
         reason = self._backoff.why_not_now(node_type)
         if reason:
             raise StateError(reason)
@@ -266,6 +313,7 @@ class Cluster:
             head=head,
             gcs_address=gcs_address,
             head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
+            autoscaler_v1=self._environ.get(V2_VARIABLE) == "0",
         )
         return [self._create(launch) for _ in range(count)]
 
@@ -328,6 +376,22 @@ class Cluster:
                 if ready and node.ready:
                     return node
             time.sleep(poll_s)
+
+    def wait_for_restart(self, before: Node) -> None:
+        """Wait until the report of a head no longer speaks of the Ray that was ended.
+
+        Args:
+            before: The head as it was.
+        """
+        old = before.report.ready_at if before.report is not None else 0.0
+
+        def begun() -> bool:
+            report = self.directory.report(before.node_id)
+            return report is None or report.phase != READY or report.ready_at != old
+
+        if not procfs.wait_until(begun, _RESTART_S):
+            raise HeadFailed(f"{before.label} did not restart Ray in {_RESTART_S:g} s")
+        self._forget_listing()
 
     def clean_up(self) -> None:
         """Wait until every job has left SLURM, and remove the cluster's directory.

@@ -3,11 +3,14 @@
 ::
 
     state.json                  the diary: tags that changed since birth
+    login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
     head_env.sh                 the head's environment, for commands that run there
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
+    nodes/<token>.sh            script of a head on the login node
     ray_bootstrap_config.yaml   what Ray's autoscaler reads
     auth_token                  Ray's token, 0600
+    tls/                        the cluster's authority and the login nodes' certificates, 0700
     submit_env.json             the environment of `ray up`, for the workers' jobs, 0600
     stopping                    there while `ray down` runs
     logs/<node id>.log          output of each job
@@ -24,7 +27,7 @@ import os
 import secrets
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -56,6 +59,29 @@ class Diary:
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class LoginHead:
+    """A head on the login node.
+
+    Attributes:
+        node_id: Its node id.
+        host: The login node.
+        boot_id: That host's boot; after another boot no process of it is left.
+        pid: Its process id.
+        start: The start time of that process, as /proc shows it: process ids come back.
+        created: When it was started, seconds since the epoch.
+        certificate: Its birth certificate.
+    """
+
+    node_id: str
+    host: str
+    boot_id: str
+    pid: int
+    start: str
+    created: float
+    certificate: str
+
+
 class ClusterDir:
     """The one place that reads and writes the cluster directory.
 
@@ -82,6 +108,15 @@ class ClusterDir:
     def token_file(self) -> Path:
         """Ray's token."""
         return self.root / "auth_token"
+
+    @property
+    def tls(self) -> Path:
+        """The cluster's certificates."""
+        return self.root / "tls"
+
+    @property
+    def _login_head(self) -> Path:
+        return self.root / "login_head.json"
 
     @property
     def exists(self) -> bool:
@@ -145,18 +180,51 @@ class ClusterDir:
         """Return what the head says of itself."""
         return read_report(self.reports.head)
 
+    def login_head(self) -> LoginHead | None:
+        """Return which process the head on the login node is, None when there is no record."""
+        value = read_json_object(self._login_head)
+        try:
+            return None if value is None else LoginHead(**{**value, "pid": int(value["pid"])})
+        except (TypeError, ValueError, KeyError):
+            logger.warning("%s cannot be read", self._login_head)
+            return None
+
+    def save_login_head(self, head: LoginHead) -> None:
+        """Keep which process the head on the login node is."""
+        write_json(self._login_head, asdict(head))
+
+    def write_script(self, token: str, text: str) -> Path:
+        """Write the script of a head on the login node and return its path."""
+        path = self.reports.nodes / f"{token}.sh"
+        write_atomically(path, text)
+        return path
+
+    def ask_to_stop(self, node_id: str) -> None:
+        """Ask a head on another login node to end; it looks for this sign every second."""
+        if self.exists:
+            self.reports.stop(node_id).touch(mode=0o600)
+
     def reason(self, node_id: str) -> str:
         """Return why a node did not come up, "" when nobody wrote that."""
         return read_reason(self.reports.reason(node_id))
 
     def head_node_config(self) -> dict[str, Any] | None:
         """Return the node configuration that the head was started with, None when nothing is known of it."""
+        config = self._autoscaler_config()
+        found = config.get("available_node_types", {}).get(config.get("head_node_type"), {}).get("node_config")
+        return found if isinstance(found, dict) else None
+
+    def min_workers(self) -> dict[str, int]:
+        """Return how many workers of each type the autoscaler always keeps."""
+        types = self._autoscaler_config().get("available_node_types", {})
+        return {str(name): int(entry.get("min_workers", 0)) for name, entry in types.items()}
+
+    def _autoscaler_config(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load(self.bootstrap_config.read_text(encoding="utf-8"))
-            found = config["available_node_types"][config["head_node_type"]]["node_config"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
-            return None
-        return found if isinstance(found, dict) else None
+        except (OSError, yaml.YAMLError):
+            return {}
+        return config if isinstance(config, dict) else {}
 
     def write_bootstrap_config(self, source: Path) -> None:
         """Replace what Ray's autoscaler reads by the content of a file."""

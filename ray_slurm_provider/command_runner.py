@@ -10,10 +10,7 @@ Ctrl-C while it waits loses nothing; the job starts by itself and the next `ray 
 from __future__ import annotations
 
 import logging
-import os
 import shlex
-import shutil
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager
@@ -22,22 +19,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_slurm_provider.errors import HeadFailed, SlurmProviderError
+from ray_slurm_provider.agent.requests import socket_path
+from ray_slurm_provider.backends.login_process import PREFIX, host_name
+from ray_slurm_provider.birth_certificate import job_id_of
+from ray_slurm_provider.command_line import arguments, cluster_yaml, has_option, ray_command
+from ray_slurm_provider.errors import HeadFailed
+from ray_slurm_provider.file_sync import SyncOptions, copy, fetch, is_shared, send
 from ray_slurm_provider.forward import Forward, Forwarder
 from ray_slurm_provider.progress import HeadProgress
-from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger
-from ray_slurm_provider.slurm.process import clean_environment
+from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, readable, submitted_words
+from ray_slurm_provider.sessions import STOP_TAIL, on_the_node, submission
+from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from ray_slurm_provider.cluster import Cluster
+    from ray_slurm_provider.cluster import Cluster, Node
+    from ray_slurm_provider.shells import Shell
 
 logger = logging.getLogger(__name__)
 
 # Ray's commands name these ports; the head of this cluster has others.
 _USUAL_PORTS = {8265: "dashboard", 10001: "client", 6379: "gcs"}
-_BOOTSTRAP = "ray_bootstrap_config.yaml"
+_BOOTSTRAP, _BOOTSTRAP_KEY = "ray_bootstrap_config.yaml", "ray_bootstrap_key.pem"
 _RAY_LOGS = "/tmp/ray/session_latest"  # noqa: S108 what Ray's own commands name (ray/autoscaler/_private/commands.py)
 
 
@@ -69,12 +73,15 @@ class SlurmCommandRunner(CommandRunnerInterface):
     Args:
         cluster: The cluster.
         node_id: The node.
+        auth: Ray's section ``auth``.
     """
 
-    def __init__(self, cluster: Cluster, node_id: str) -> None:
+    def __init__(self, cluster: Cluster, node_id: str, auth: dict[str, str] | None = None) -> None:
         self._cluster = cluster
         self._node_id = node_id
+        self._auth = auth or {}
 
+    @readable
     def run(
         self,
         cmd: str | None = None,
@@ -85,7 +92,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         environment_variables: dict[str, object] | None = None,
         run_env: str = "auto",
         ssh_options_override_ssh_key: str = "",  # noqa: ARG002
-        shutdown_after_run: bool = False,
+        shutdown_after_run: bool = False,  # noqa: ARG002 Ray never sets it
     ) -> str:
         """Run a command on the node, or do what it stands for; see the interface in Ray."""
         if port_forward:
@@ -97,28 +104,41 @@ class SlurmCommandRunner(CommandRunnerInterface):
             if "ray start" in cmd:
                 self._start_head(cmd, environment_variables)
             return ""
-        if run_env == "host" or cmd.strip() == "ray stop":
-            # The updater's own probes, and the `ray stop` of `ray down`, which would end every Ray of this
-            # user on that host: the node ends with its job.
+        if run_env == "host" and ray_command() != "exec":
+            # The updater's own probes.
             return ""
-        if shutdown_after_run:
-            raise click.ClickException("--stop is not supported yet; use `ray down` when the command has ended")
+        if cmd.strip() == "ray stop":
+            # It would end every Ray of this user on that host.
+            if ray_command() == "exec":
+                raise click.ClickException("`ray stop` would end all your Ray clusters on that host; use `ray down`")
+            return ""
         return self._run_command(cmd, with_output=with_output)
 
+    @readable
     def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy to the node: a local copy, for the file system is shared."""
+        """Copy to the node: here, when the file system is shared, else through a shell there."""
         if Path(target).name == _BOOTSTRAP:
             self._cluster.directory.write_bootstrap_config(Path(source))
             return
-        copy(source, target, _excluded(options))
+        if Path(target).name == _BOOTSTRAP_KEY:
+            return  # the autoscaler submits jobs; it needs no key
+        if self._sees_the_same(target):
+            copy(source, target, _sync_options(options))
+        else:
+            send(source, target, _sync_options(options), self._shell())
 
+    @readable
     def run_rsync_down(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
         """Copy from the node."""
-        copy(source, target, _excluded(options))
+        source = self._with_our_paths(source)
+        if self._sees_the_same(source):
+            copy(source, target, _sync_options(options))
+        else:
+            fetch(source, target, _sync_options(options), self._shell())
 
     def remote_shell_command_str(self) -> str:
         """Return what a person types for a shell on the node."""
-        return shlex.join(self._srun_command("exec bash -l", terminal=True))
+        return shlex.join(self._shell().command("exec bash -l", terminal=True))
 
     def run_init(self, *, as_head: bool, file_mounts: dict[str, str], sync_run_yet: bool) -> bool | None:  # noqa: ARG002
         """Nothing to initialise."""
@@ -126,10 +146,12 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     def _start_head(self, cmd: str, variables: dict[str, object]) -> None:
         node = self._cluster.last_seen(self._node_id)
-        if node.ready:
-            cli_logger.print("Ray already runs in job {}; nothing is restarted.", self._node_id)
+        if node.ready and not has_option("--restart-only"):
+            cli_logger.print("Ray already runs in {}; nothing is restarted.", node.label)
             self._say_what_next()
             return
+        if node.ready:
+            self._restart(node)
         self._cluster.let_head_start(
             self._node_id,
             autoscaler_v2="RAY_enable_autoscaler_v2=1" in cmd,
@@ -140,26 +162,69 @@ class SlurmCommandRunner(CommandRunnerInterface):
                 self._cluster.wait_for_head(self._node_id, progress.tell)
         except HeadFailed as error:
             raise HeadStartError(str(error)) from error
-        except SlurmProviderError as error:
-            raise click.ClickException(str(error)) from error
         self._say_what_next()
+
+    def _restart(self, node: Node) -> None:
+        """Have Ray started anew in the same job; its workers are new jobs, for they do not survive their head."""
+        cli_logger.print("Restarting Ray in {}.", node.label)
+        command = f'"$RAY_SLURM_PYTHON" -m ray_slurm_provider.agent.ask {shlex.quote(self._agent_socket())} restart'
+        code, _ = run(self._shell(), command)
+        if code:
+            raise HeadStartError("the node agent could not be asked to restart Ray")
+        self._cluster.wait_for_restart(node)
 
     def _say_what_next(self) -> None:
         report = self._cluster.directory.report(self._node_id)
         if report is None:
             return
-        config = next((word for word in sys.argv[1:] if word.endswith((".yaml", ".yml"))), "CLUSTER.yaml")
-        cli_logger.success(
-            "Ray answers at {} (job {}, {})",
-            report.gcs_address,
-            self._node_id,
-            report.slurm_node or report.host,
-        )
+        label = self._cluster.last_seen(self._node_id).label
+        cli_logger.success("Ray answers at {} ({}, {})", report.gcs_address, label, report.slurm_node or report.host)
         cli_logger.print("Use it from this shell:")
-        cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(config))
+        cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(cluster_yaml()))
 
     def _run_command(self, cmd: str, *, with_output: bool) -> str:
-        return self._srun(self._rewritten(cmd), with_output=with_output)
+        shell = self._shell()
+        if ray_command() == "submit":
+            cmd = submission(cmd, submitted_words(arguments()))
+        cmd = on_the_node(self._rewritten(cmd), self._agent_socket())
+        terminal = not with_output and sys.stdin.isatty() and sys.stdout.isatty()
+        code, output = run(shell, cmd, with_output=with_output, terminal=terminal)
+        if code:
+            raise CommandFailed(code)
+        return output
+
+    def _shell(self) -> Shell:
+        """Return the way to the node."""
+        settings, directory = self._cluster.settings, self._cluster.directory
+        exports = directory.reports.head_environment
+        seen, report = self._cluster.last_seen(self._node_id).seen, directory.report(self._node_id)
+        on_login_node = self._node_id.startswith(PREFIX)
+        if on_login_node and seen.place == host_name():
+            return LocalShell(exports)
+        if settings.command_runner == "ssh":
+            host = report.host if report is not None else seen.place
+            return SshShell(
+                exports,
+                ssh_arguments(host, self._auth, settings.ssh_args),
+                report.temp_dir if report else "/tmp",  # noqa: S108
+            )
+        if on_login_node:
+            raise click.ClickException(
+                f"the head runs on {seen.place}, and this is {host_name()}: log in there, or set"
+                " provider.slurm.command_runner: ssh"
+            )
+        return SrunShell(exports, self._cluster.slurm_client().tools.path_of("srun"), job_id_of(self._node_id))
+
+    def _agent_socket(self) -> str:
+        report = self._cluster.directory.report(self._node_id)
+        return socket_path(report.temp_dir if report is not None else "", self._node_id)
+
+    def _on_this_host(self) -> bool:
+        return self._node_id.startswith(PREFIX) and self._cluster.last_seen(self._node_id).seen.place == host_name()
+
+    def _sees_the_same(self, path: str) -> bool:
+        """Tell whether the node sees a path of this host."""
+        return self._on_this_host() or is_shared(path, self._cluster.directory.root.parent)
 
     @contextmanager
     def _forwarded(self, pairs: Any) -> Iterator[None]:
@@ -171,6 +236,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
         forwards = []
         for local, usual in wanted:
             remote = report.ports.get(_USUAL_PORTS.get(usual, ""), usual)
+            if remote == local and self._on_this_host():
+                cli_logger.print("Port {} is on this host already.", local)
+                continue
             forwards.append(Forward(local, report.address, remote))
         for forward in forwards:
             cli_logger.print("127.0.0.1:{} leads to {}:{}", forward.local, forward.host, forward.remote)
@@ -190,77 +258,16 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     def _rewritten(self, cmd: str) -> str:
         """Replace the paths that Ray's own commands name by those of this cluster."""
+        if STOP_TAIL in cmd:
+            return cmd
         cmd = cmd.replace(f"~/{_BOOTSTRAP}", shlex.quote(str(self._cluster.directory.bootstrap_config)))
+        return self._with_our_paths(cmd)
+
+    def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)
-        return cmd.replace(_RAY_LOGS, f"{report.temp_dir}/session_latest") if report and report.temp_dir else cmd
-
-    def _srun(self, cmd: str, *, with_output: bool) -> str:
-        command = self._srun_command(cmd, terminal=not with_output and sys.stdin.isatty() and sys.stdout.isatty())
-        try:
-            done = subprocess.run(
-                command,
-                env=clean_environment(os.environ),
-                stdout=subprocess.PIPE if with_output else None,
-                text=True,
-                check=False,
-            )
-        except OSError as error:
-            raise click.ClickException(f"srun: {error.strerror}") from error
-        if done.returncode:
-            raise CommandFailed(done.returncode)
-        return done.stdout or ""
-
-    def _srun_command(self, cmd: str, *, terminal: bool) -> list[str]:
-        tools = self._cluster.slurm_client().tools
-        environment = shlex.quote(str(self._cluster.directory.reports.head_environment))
-        job_id = self._node_id.rpartition("-")[0]
-        return [
-            tools.path_of("srun"),
-            f"--jobid={job_id}",
-            "--overlap",
-            "--nodes=1",
-            "--ntasks=1",
-            "--unbuffered",
-            "--quit-on-interrupt",
-            *(["--pty"] if terminal else []),
-            "bash",
-            "-c",
-            f". {environment} && cd && {{ {cmd}\n}}",
-        ]
+        return text.replace(_RAY_LOGS, f"{report.temp_dir}/session_latest") if report and report.temp_dir else text
 
 
-def _excluded(options: dict[str, Any] | None) -> list[str]:
-    """Return the patterns that Ray wants left out; filter files are told to be unknown here."""
-    filters = (options or {}).get("rsync_filter") or []
-    if filters:
-        cli_logger.warning("rsync_filter is not supported here; everything is copied: {}", ", ".join(filters))
-    return list((options or {}).get("rsync_exclude") or [])
-
-
-def copy(source: str, target: str, excluded: Sequence[str] = ()) -> None:
-    """Copy a file or a directory on the shared file system as rsync would.
-
-    Args:
-        source: What; one that ends with ``/`` stands for the content of the directory.
-        target: Where to; directories on the way are made.
-        excluded: Patterns of names below a directory to leave out.
-
-    Raises:
-        click.ClickException: It cannot be copied.
-    """
-    origin, goal = Path(source).expanduser(), Path(target).expanduser()
-    if not origin.exists():
-        raise click.ClickException(f"{source} does not exist")
-    if (origin.is_dir() and not source.endswith("/")) or (origin.is_file() and (target.endswith("/") or goal.is_dir())):
-        goal = goal / origin.name
-    try:
-        if goal.exists() and origin.samefile(goal):
-            return
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        if origin.is_dir():
-            ignore = shutil.ignore_patterns(*(pattern.strip("/") for pattern in excluded))
-            shutil.copytree(origin, goal, symlinks=True, dirs_exist_ok=True, ignore=ignore)
-        else:
-            shutil.copy2(origin, goal)
-    except (OSError, shutil.Error) as error:
-        raise click.ClickException(f"{source} cannot be copied to {goal}: {error}") from error
+def _sync_options(options: dict[str, Any] | None) -> SyncOptions:
+    given = options or {}
+    return SyncOptions(given.get("rsync_exclude") or (), given.get("rsync_filter") or ())

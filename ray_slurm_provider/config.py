@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from ray_slurm_provider.agent.ports import port_range
+from ray_slurm_provider.agent.ray_command import HEAD_PORTS, OWN_FLAGS
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.fields import Line, Section, ShellLine, not_bool
+from ray_slurm_provider.fields import Line, PortRange, Section, ShellLine, not_bool
 from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class ResolvedNode(Section):
 class NodeConfig(Section):
     """``available_node_types.<type>.node_config``: how the job of such a Ray node looks."""
 
-    placement: Literal["slurm"] = "slurm"
-    """Where the node runs: ``slurm``, as a job."""
+    placement: Literal["slurm", "login_node"] = "slurm"
+    """Where the node runs: ``slurm``, as a job; or ``login_node``, for the head only: where ``ray up`` is typed."""
     sbatch: SbatchOptions = SbatchOptions()
     """Options for sbatch."""
     setup: list[ShellLine] = []
@@ -68,6 +70,15 @@ class NodeConfig(Section):
     """Further arguments for ``ray start``, for example ``--system-reserved-cpu=1``."""
     resolved: ResolvedNode | None = Field(default=None, json_schema_extra={"internal": True})
     """Filled in by the provider, never by hand."""
+
+
+class Ports(Section):
+    """``provider.slurm.ports``: for sites with a firewall between their hosts."""
+
+    services: PortRange | None = None
+    """Range for Ray's services, for example ``20000-20199``: each node on a host takes some of its own."""
+    workers: PortRange | None = None
+    """Range for Ray's worker processes, one port each, for example ``21000-21999``; the nodes of a host share it."""
 
 
 class SlurmSettings(Section):
@@ -83,8 +94,18 @@ class SlurmSettings(Section):
     """Network interface whose address Ray uses, for example ``ib0``; else the address of the SLURM node."""
     temp_dir: Line = "/tmp"  # noqa: S108 the agent makes a private directory in it
     """Directory for Ray's temporary files on the compute node; may name variables, for example ``$SLURM_TMPDIR``."""
+    ports: Ports = Ports()
+    """Ranges for Ray's ports; free ones are chosen when it is not given."""
     token_auth: bool = True
     """Whether Ray asks everybody for the cluster's token."""
+    tls: bool = False
+    """Whether Ray encrypts its connections, with certificates that are made for this cluster; needs ``openssl``."""
+    metrics: bool = False
+    """Whether Ray offers its metrics (Prometheus); everybody who reaches the host can read them without a token."""
+    command_runner: Literal["srun", "ssh"] = "srun"
+    """How commands get to a node: ``srun`` into its allocation, or ``ssh`` to its host."""
+    ssh_args: list[Line] = []
+    """Further arguments for ``ssh``, for example ``-p`` and ``2222``; Ray's section ``auth`` counts too."""
     update_interval_s: Annotated[int, Field(ge=1, le=3600)] = 5
     """Seconds between two rounds of Ray's autoscaler, each of which asks squeue once."""
     withdraw_after_s: Annotated[int, Field(ge=0)] = 300
@@ -125,7 +146,22 @@ def read_settings(section: Any) -> SlurmSettings:
         value = getattr(settings, name)
         if value is not None and not Path(value).expanduser().is_absolute():
             raise ConfigError(f"provider.slurm.{name}", f"{value!r} is not absolute", "an absolute path")
+    _check_ports(settings.ports)
     return settings
+
+
+def _check_ports(ports: Ports) -> None:
+    if ports.services is None:
+        return
+    services = port_range(ports.services)
+    if len(services) < len(HEAD_PORTS):
+        raise ConfigError(
+            "provider.slurm.ports.services",
+            f"{ports.services} holds {len(services)} ports, and a head needs {len(HEAD_PORTS)}",
+            "a larger range; each further node on a host needs some of its own",
+        )
+    if ports.workers is not None and set(services) & set(port_range(ports.workers)):
+        raise ConfigError("provider.slurm.ports", "services and workers overlap", "two ranges without a common port")
 
 
 def read_node_config(section: Any, path: str) -> NodeConfig:
@@ -143,6 +179,13 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
         for key in options:
             _refuse_protected(str(key), f"{path}.sbatch.{key}")
     config = _read(NodeConfig, {} if section is None else section, path)
+    for argument in config.ray_start_args:
+        if argument.partition("=")[0] in OWN_FLAGS:
+            raise ConfigError(
+                f"{path}.ray_start_args",
+                f"the provider sets {argument.partition('=')[0]} itself",
+                "other flags; see provider.slurm.ports, interface and temp_dir",
+            )
     for name in config.env:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"{path}.env", f"{name!r} is not a variable name", "letters, digits and _")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from ray_slurm_provider.agent.ports import port_range
 from ray_slurm_provider.slurm import parse
 
 
@@ -53,6 +54,11 @@ def _gpus(value: int | str) -> int | str:
     return value
 
 
+def _port_range(text: str) -> str:
+    port_range(text)
+    return text.replace(" ", "")
+
+
 def not_bool(value: Any) -> Any:
     """Refuse true and false where Python would take them for 1 and 0."""
     if isinstance(value, bool):
@@ -62,6 +68,7 @@ def not_bool(value: Any) -> Any:
 
 Line = Annotated[str, AfterValidator(_one_line)]
 ShellLine = Annotated[str, AfterValidator(_shell_line)]
+PortRange = Annotated[str, AfterValidator(_port_range)]
 Count = Annotated[int, Field(ge=1)]
 Memory = Annotated[int | str, BeforeValidator(not_bool), AfterValidator(_memory)]
 TimeLimit = Annotated[str, BeforeValidator(_time), AfterValidator(_one_line), AfterValidator(_time_form)]

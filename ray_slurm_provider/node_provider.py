@@ -10,17 +10,18 @@ Ray takes what is missing for dead.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
-import sys
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
 from ray_slurm_provider import bootstrap
+from ray_slurm_provider.agent.ray_command import V2_VARIABLE
+from ray_slurm_provider.birth_certificate import job_id_of, node_number
 from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.command_line import has_option, ray_command
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
@@ -31,28 +32,10 @@ from ray_slurm_provider.ray_contract import (
     NodeLaunchException,
     NodeProvider,
     cli_logger,
+    readable,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _readable(method: Callable[P, T]) -> Callable[P, T]:
-    """Make our errors one message without a traceback in `ray`'s command line."""
-
-    @functools.wraps(method)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return method(*args, **kwargs)
-        except SlurmProviderError as error:
-            raise click.ClickException(str(error)) from error
-
-    return wrapped
 
 
 class SlurmNodeProvider(NodeProvider):
@@ -63,7 +46,7 @@ class SlurmNodeProvider(NodeProvider):
         cluster_name: The cluster's name.
     """
 
-    @_readable
+    @readable
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
         self._torn_down: dict[str, set[str]] = {}
@@ -71,7 +54,7 @@ class SlurmNodeProvider(NodeProvider):
         # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
         logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
 
-    @_readable
+    @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the ids of the nodes that wait or run and have these tags."""
         return [
@@ -84,27 +67,32 @@ class SlurmNodeProvider(NodeProvider):
         """Tell whether the node's job has its allocation."""
         return not self._cluster.last_seen(node_id).seen.queued
 
-    @_readable
+    @readable
     def is_terminated(self, node_id: str) -> bool:
         """Tell whether the node's job has ended."""
         return not self._cluster.is_alive(node_id)
 
-    @_readable
+    @readable
     def node_tags(self, node_id: str) -> dict[str, str]:
         """Return the node's tags, also when it has just ended."""
         return dict(self._cluster.last_seen(node_id).tags)
 
-    @_readable
+    @readable
     def external_ip(self, node_id: str) -> str:
         """Return the node's address; a name for its job while it has none."""
         return self._cluster.last_seen(node_id).address
 
-    @_readable
+    @readable
     def internal_ip(self, node_id: str) -> str:
-        """Return the node's address; a name for its job while it has none."""
+        """Return the node's address; a name for its job while it has none.
+
+        In the process of Ray's old autoscaler, which takes nodes of one address for one node, a number instead.
+        """
+        if os.environ.get(V2_VARIABLE) == "0":
+            return str(node_number(node_id))
         return self._cluster.last_seen(node_id).address
 
-    @_readable
+    @readable
     def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:  # noqa: ARG002 Ray's signature
         """Return the node with an address, a node id, a job id or a host name."""
         for node_id, node in self._cluster.nodes().items():
@@ -133,17 +121,17 @@ class SlurmNodeProvider(NodeProvider):
         """Submit the jobs of workers (the autoscaler calls this)."""
         self._create_workers(node_config, tags, count)
 
-    @_readable
+    @readable
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
         """Change tags of a node."""
         self._cluster.set_tags(node_id, tags)
 
-    @_readable
+    @readable
     def terminate_node(self, node_id: str) -> None:
         """Cancel the node's job."""
         self._cluster.terminate([node_id])
 
-    @_readable
+    @readable
     def terminate_nodes(self, node_ids: list[str]) -> None:
         """Cancel the nodes' jobs."""
         self._cluster.terminate(list(node_ids))
@@ -156,10 +144,23 @@ class SlurmNodeProvider(NodeProvider):
         nodes = self.non_terminated_nodes(tag_filters)
         if self._cluster.directory.stopping:
             return nodes
+        nodes = self._without_minimum(nodes)
         first = self._torn_down.setdefault(json.dumps(tag_filters, sort_keys=True), set(nodes))
         return [node_id for node_id in nodes if node_id in first]
 
-    @_readable
+    def _without_minimum(self, nodes: list[str]) -> list[str]:
+        """Leave out what ``--keep-min-workers`` keeps; Ray itself looks for it in a key that it has removed."""
+        if not has_option("--keep-min-workers"):
+            return nodes
+        if not has_option("--workers-only"):
+            if not self._torn_down:
+                cli_logger.warning("Workers end with their head: --keep-min-workers works with --workers-only only.")
+            return nodes
+        kept = self._cluster.minimum_of(nodes)
+        cli_logger.print("{} workers stay: the min_workers of their types.", len(kept))
+        return [node_id for node_id in nodes if node_id not in kept]
+
+    @readable
     def cleanup_cluster_resources(self) -> None:
         """Wait until the jobs are really gone, and remove the cluster's directory; the end of `ray down`."""
         self._cluster.clean_up()
@@ -172,14 +173,14 @@ class SlurmNodeProvider(NodeProvider):
         self,
         log_prefix: str,  # noqa: ARG002 Ray's signature
         node_id: str,
-        auth_config: dict[str, Any],  # noqa: ARG002
+        auth_config: dict[str, Any],
         cluster_name: str,  # noqa: ARG002
         process_runner: Any,  # noqa: ARG002
         use_internal_ip: bool,  # noqa: ARG002
         docker_config: dict[str, Any] | None = None,  # noqa: ARG002
     ) -> SlurmCommandRunner:
         """Return what runs commands in the node's job."""
-        return SlurmCommandRunner(self._cluster, node_id)
+        return SlurmCommandRunner(self._cluster, node_id, auth_config)
 
     @staticmethod
     def fillout_available_node_types_resources(cluster_config: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +194,9 @@ class SlurmNodeProvider(NodeProvider):
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
         """Refuse a YAML with a mistake; Ray calls this second."""
         config = bootstrap.bootstrap(cluster_config)
-        if "up" not in sys.argv[1:]:
+        if ray_command() != "up":
             return config
-        bootstrap.check_for_up(config, os.environ)
+        bootstrap.check_for_up(config)
         changes = bootstrap.head_changes(config)
         if changes:
             cli_logger.warning("The head runs with another configuration:")
@@ -206,12 +207,15 @@ class SlurmNodeProvider(NodeProvider):
             )
         return config
 
-    @_readable
+    @readable
     def _create_head(self, node_config: dict[str, Any], tags: dict[str, str]) -> None:
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
         config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
         node_id = self._cluster.create_head(node_type, config, tags)
-        cli_logger.print("Submitted the head as job {}", node_id.rpartition("-")[0])
+        if config.placement == "login_node":
+            cli_logger.print("Started the head on this host as {}", node_id)
+        else:
+            cli_logger.print("Submitted the head as job {}", job_id_of(node_id))
 
     def _create_workers(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> None:
         node_type = tags[TAG_RAY_USER_NODE_TYPE]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _POLL_S = 0.05
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ def find(pid: int) -> Process | None:
     if len(fields) < 20 or fields[0] in "ZX":
         return None
     return Process(pid, int(fields[1]), before.partition("(")[2], fields[19])
+
+
+def boot_id() -> str:
+    """Return what tells this boot of this host from every other; "" where the kernel does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def processes() -> Iterator[Process]:

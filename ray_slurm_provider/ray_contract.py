@@ -5,10 +5,12 @@ Together with ``node_provider``, ``command_runner`` and ``bootstrap`` the only m
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+import click
 import ray.autoscaler
 from ray.autoscaler._private.cli_logger import cli_logger
 from ray.autoscaler._private.util import prepare_config
@@ -22,7 +24,13 @@ from ray.autoscaler.tags import (
     TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
 )
+from ray.scripts import scripts
 from ray.util.accelerators import accelerators
+
+from ray_slurm_provider.errors import SlurmProviderError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = [
     "CommandRunnerInterface",
@@ -37,7 +45,34 @@ __all__ = [
     "accelerator_names",
     "cluster_schema",
     "prepare_config",
+    "readable",
+    "submitted_words",
 ]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def readable(method: Callable[P, T]) -> Callable[P, T]:
+    """Make our errors one message without a traceback in `ray`'s command line."""
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except SlurmProviderError as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapped
+
+
+def submitted_words(arguments: list[str]) -> list[str]:
+    """Return the script and its arguments from what stands behind ``ray submit``; none when that cannot be read."""
+    try:
+        parsed = scripts.submit.make_context("submit", list(arguments)).params
+    except click.ClickException:
+        return []
+    return [parsed["script"], *parsed["script_args"]]
 
 
 def accelerator_names() -> list[str]:

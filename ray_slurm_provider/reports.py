@@ -52,8 +52,23 @@ class NodeReport:
     @property
     def gcs_address(self) -> str:
         """Return what RAY_ADDRESS holds, "" when this is no head."""
-        port = self.ports.get("gcs")
-        return f"{bracketed(self.address)}:{port}" if self.address and port else ""
+        return self._at("gcs")
+
+    @property
+    def client_address(self) -> str:
+        """Return what RAY_ADDRESS holds for Ray Client, "" when this is no head."""
+        address = self._at("client")
+        return f"ray://{address}" if address else ""
+
+    @property
+    def dashboard_url(self) -> str:
+        """Return where the dashboard is, "" when this is no head."""
+        address = self._at("dashboard")
+        return f"http://{address}" if address else ""
+
+    def _at(self, port: str) -> str:
+        number = self.ports.get(port)
+        return f"{bracketed(self.address)}:{number}" if self.address and number else ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,10 @@ class ReportPaths:
     def go(self, token: str) -> Path:
         """The sign for the head's job that everything it needs is in place."""
         return self.nodes / f"{token}.go"
+
+    def stop(self, node_id: str) -> Path:
+        """The sign for a head on a login node to end, from another host."""
+        return self.nodes / f"{node_id}.stop"
 
     @property
     def head(self) -> Path:

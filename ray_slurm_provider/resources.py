@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # A quarter of what Ray calls its minimum would not start; below this no object fits.
 _LEAST_OBJECT_STORE_BYTES = 80 * MIB
+# The login node is everybody's: no tasks there, and little memory, whatever the host has.
+_LOGIN_NODE = {"CPU": 0, "memory": 1024 * MIB, "object_store_memory": 1024 * MIB}
 
 
 def derive(options: SbatchOptions, accelerator_names: Iterable[str] = ()) -> dict[str, int]:
@@ -56,9 +58,7 @@ def merge(written: Mapping[str, Any], options: SbatchOptions, derived: Mapping[s
     Raises:
         ConfigError: More is promised than the job will have: Ray would start such jobs without end.
     """
-    for name, value in written.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{path}.{name}", f"{value!r} is not a resource", "a whole number, memory in bytes")
+    _refuse_other_than_counts(written, path)
     _refuse_excess(written, options, derived, path)
     result = {**derived, **written}
     total = derived.get("memory", 0) + derived.get("object_store_memory", 0)
@@ -73,6 +73,16 @@ def merge(written: Mapping[str, Any], options: SbatchOptions, derived: Mapping[s
     if total and "object_store_memory" in written and "memory" not in written:
         result["memory"] = total - written["object_store_memory"]
     return {name: int(value) for name, value in result.items()}
+
+
+def on_login_node(written: Mapping[str, Any], path: str) -> dict[str, int]:
+    """Return the resources of a head on the login node: next to nothing but what a person wrote.
+
+    Raises:
+        ConfigError: Something written is no resource.
+    """
+    _refuse_other_than_counts(written, path)
+    return {**_LOGIN_NODE, **written}
 
 
 def gpu_request(options: SbatchOptions) -> tuple[int, str]:
@@ -116,6 +126,12 @@ def accelerator_name(gres_type: str, known: Iterable[str]) -> str:
         if name.lower() in words:
             return name
     return gres_type.upper()
+
+
+def _refuse_other_than_counts(written: Mapping[str, Any], path: str) -> None:
+    for name, value in written.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigError(f"{path}.{name}", f"{value!r} is not a resource", "a whole number, memory in bytes")
 
 
 def _refuse_excess(written: Mapping[str, int], options: SbatchOptions, derived: Mapping[str, int], path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from ray_slurm_provider import procfs
+from ray_slurm_provider.agent.guard import GUARD_NAME
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
@@ -153,6 +155,11 @@ class UserCluster:
     def head_job(self):
         return next((job for job in self.jobs() if job.name.endswith("-head")), None)
 
+    def head(self):
+        """The head as `ray-slurm nodes` shows it, None when there is none."""
+        rows = json.loads(self.ray_slurm("nodes", "--json", self.yaml).stdout)
+        return next((row for row in rows if row["type"] == "head"), None)
+
     def processes(self, job_id=None):
         """Processes of this cluster's jobs."""
         wanted = f"RAY_SLURM_DIR={self.root}".encode()
@@ -184,6 +191,8 @@ class UserCluster:
             child.wait()
             child.stdout.close()
         self.client.cancel([job.job_id for job in self.jobs()])
+        login_head = [p for p in self.processes() if p.name == GUARD_NAME and b"SLURM_JOB_ID=" not in p.read("environ")]
+        procfs.send(login_head, signal.SIGTERM)
         procfs.wait_until(lambda: not self.processes(), 15)
         procfs.end(self.processes(), 5)
 

@@ -1,14 +1,12 @@
-"""The address and the ports of a Ray node."""
+"""The address of a Ray node."""
 
 from __future__ import annotations
 
 import fcntl
 import ipaddress
 import logging
-import random
 import socket
 import struct
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +16,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
-_FIRST_PORT = 20000  # above Ray's default range for its workers
-_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
-# From the block for documentation (RFC 5737): asking for a route to it sends nothing.
-_SOMEWHERE = ("192.0.2.1", 9)
+# From the blocks for documentation (RFC 5737, RFC 3849): asking for a route to them sends nothing.
+_SOMEWHERE = ("192.0.2.1", "2001:db8::1")
+_DISCARD_PORT = 9
+_ENOUGH_NODES = 8
 
 
 def choose_address(interface: str, slurm_node: str, node_address: Callable[[str], str]) -> str:
@@ -45,9 +43,36 @@ def choose_address(interface: str, slurm_node: str, node_address: Callable[[str]
     configured = node_address(slurm_node) if slurm_node else ""
     if _is_literal(configured) and is_local(configured):
         return configured
-    candidates = [*_resolve(configured), *_resolve(socket.gethostname()), *_towards_default_route()]
-    for address in candidates:
-        if not is_loopback(address) and is_local(address):
+    return _first_usable(_resolve(configured))
+
+
+def choose_login_address(interface: str, node_addresses: Callable[[], Iterable[str]]) -> str:
+    """Return the address that a head on the login node shall use.
+
+    The interface that the user named; else the address from which packets to the compute nodes go: a login
+    node has a public side too. Loopback only when every compute node is on loopback.
+
+    Args:
+        interface: Name of the interface; "" for none.
+        node_addresses: Asks SLURM for the NodeAddr of its nodes.
+
+    Raises:
+        ValueError: The interface has no address.
+    """
+    if interface:
+        return address_of_interface(interface)
+    nodes = list(dict.fromkeys(node_addresses()))
+    if nodes and all(_is_literal(address) and is_loopback(address) for address in nodes):
+        return "127.0.0.1"
+    found = [own for node in nodes[:_ENOUGH_NODES] for address in _resolve(node) for own in _towards(address)]
+    # The address of most; a node whose name resolves to something odd is outvoted.
+    return _first_usable(sorted(dict.fromkeys(found), key=found.count, reverse=True))
+
+
+def _first_usable(candidates: Iterable[str]) -> str:
+    """Return the first of the candidates, the host name's addresses and the default route's that others can reach."""
+    for address in (*candidates, *_resolve(socket.gethostname()), *_towards_default_route()):
+        if not is_loopback(address) and not _is_link_local(address) and is_local(address):
             return address
     logger.warning("this host has only loopback addresses; Ray nodes on other hosts cannot reach it")
     return "127.0.0.1"
@@ -62,13 +87,7 @@ def address_of_interface(name: str) -> str:
     names = [interface for _, interface in socket.if_nameindex()]
     if name not in names:
         raise ValueError(f"interface {name!r} does not exist on {socket.gethostname()}; there are {', '.join(names)}")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            return socket.inet_ntoa(packed[20:24])
-        except OSError:
-            pass
-    for address in _ipv6_addresses(name):
+    for address in (*_ipv4_address(name), *_ipv6_addresses(name)):
         return address
     raise ValueError(f"interface {name!r} has no address on {socket.gethostname()}")
 
@@ -89,32 +108,6 @@ def is_local(address: str) -> bool:
     return True
 
 
-def free_ports(names: Iterable[str], address: str) -> dict[str, int]:
-    """Return a free port for each name, all different, below the range that the kernel gives to clients.
-
-    Raises:
-        OSError: There are not enough.
-    """
-    wanted = list(names)
-    last = _first_ephemeral_port()
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    result: dict[str, int] = {}
-    with ExitStack() as held:
-        for port in random.sample(range(_FIRST_PORT, last), last - _FIRST_PORT):
-            if len(result) == len(wanted):
-                break
-            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            try:
-                # Every address of the host: Ray's GCS listens on all of them.
-                probe.bind(("", port))
-            except OSError:
-                continue
-            result[wanted[len(result)]] = port
-    if len(result) < len(wanted):
-        raise OSError(f"there are no {len(wanted)} free ports between {_FIRST_PORT} and {last}")
-    return result
-
-
 def connection_state(host: str, port: int, timeout_s: float) -> str:
     """Return ``open``, ``refused`` (positively nobody there) or ``unknown`` for a TCP port."""
     try:
@@ -126,18 +119,21 @@ def connection_state(host: str, port: int, timeout_s: float) -> str:
         return "unknown"
 
 
+def own_addresses() -> list[str]:
+    """Return every address of this host but the link-local ones."""
+    names = [name for _, name in socket.if_nameindex()]
+    found = [address for name in names for address in [*_ipv4_address(name), *_ipv6_addresses(name)]]
+    return list(dict.fromkeys([*found, *_towards_default_route()]))
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Return host and port of ``1.2.3.4:6379`` or ``[::1]:6379``."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
-def _first_ephemeral_port() -> int:
-    try:
-        first = int(_EPHEMERAL.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        first = 32768
-    return first if first > _FIRST_PORT + 1000 else 65000
+def _is_link_local(address: str) -> bool:
+    return ipaddress.ip_address(address).is_link_local
 
 
 def _is_literal(address: str) -> bool:
@@ -158,13 +154,28 @@ def _resolve(name: str) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
 
 
-def _towards_default_route() -> list[str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+def _towards(address: str) -> list[str]:
+    """Return the address of this host from which packets to another one would go; none without a route."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(_SOMEWHERE)
-            return [str(probe.getsockname()[0])]
+            probe.connect((address, _DISCARD_PORT))
+            return [str(probe.getsockname()[0]).partition("%")[0]]
         except OSError:
             return []
+
+
+def _towards_default_route() -> list[str]:
+    return [own for somewhere in _SOMEWHERE for own in _towards(somewhere)]
+
+
+def _ipv4_address(interface: str) -> list[str]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return []
+    return [socket.inet_ntoa(packed[20:24])]
 
 
 def _ipv6_addresses(interface: str) -> list[str]:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, node_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from ray_slurm_provider.agent.spec import AgentSpec
+    from ray_slurm_provider.reports import NodeReport
 
 # The line that `ray start` prints when the node has joined (ray/scripts/scripts.py, startup_msg).
 STARTED_MARK = b"Ray runtime started."
@@ -26,9 +30,46 @@ _LAUNCH_BATCH = "100"
 # What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
 TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
+# What tells Ray's autoscalers apart, and how v1 shall know a node.
+V2_VARIABLE = "RAY_enable_autoscaler_v2"
+NODE_NUMBER_RESOURCE = "NODE_ID_AS_RESOURCE"
 # From this Ray on each node has a temporary directory of its own; before, it has the head's.
 _OWN_TEMP_DIR_SINCE = (2, 55)
-HEAD_PORTS = ("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics")
+# Flags of `ray start` by the name of their port.
+_NODE_FLAGS = {
+    "node_manager": "--node-manager-port",
+    "object_manager": "--object-manager-port",
+    "dashboard_agent": "--dashboard-agent-listen-port",
+    "dashboard_agent_grpc": "--dashboard-agent-grpc-port",
+    "runtime_env_agent": "--runtime-env-agent-port",
+    "metrics_export": "--metrics-export-port",
+}
+_HEAD_FLAGS = {"gcs": "--port", "client": "--ray-client-server-port", "dashboard": "--dashboard-port"}
+# What a person may not pass as well: the report of the node, and with it every command, would be wrong.
+OWN_FLAGS = frozenset(
+    {
+        *_NODE_FLAGS.values(),
+        *_HEAD_FLAGS.values(),
+        "--head",
+        "--block",
+        "--address",
+        "--dashboard-host",
+        "--autoscaling-config",
+        "--node-ip-address",
+        "--temp-dir",
+        "--min-worker-port",
+        "--max-worker-port",
+        "--worker-port-list",
+    }
+)
+NODE_PORTS = tuple(_NODE_FLAGS)
+HEAD_PORTS = (*_HEAD_FLAGS, "autoscaler_metrics", "dashboard_metrics", *NODE_PORTS)
+# Besides one for each task a node needs ports for its dashboard agent, for a driver, and for Ray's own
+# workers that spill and restore objects (ray_config_def.h, max_io_workers).
+WORKER_PORTS_BESIDES_TASKS = 6
+# The metrics pages tell everybody everything: no token protects them. This is no port, so nothing listens.
+_NO_METRICS = "-1"
+SCREEN_DIRECTORY = "screen"
 # `ray start` drains until a little before the end, so that its processes still end in order.
 _DRAIN_MARGIN_S = 10
 
@@ -39,9 +80,7 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
     if spec.is_head:
         command += [
             "--head",
-            f"--port={ports['gcs']}",
-            f"--ray-client-server-port={ports['client']}",
-            f"--dashboard-port={ports['dashboard']}",
+            *(f"{flag}={ports[name]}" for name, flag in _HEAD_FLAGS.items()),
             # Without a token only this host may see the dashboard: it runs code for whoever asks.
             f"--dashboard-host={address if spec.token_auth else '127.0.0.1'}",
             f"--autoscaling-config={spec.directory / 'ray_bootstrap_config.yaml'}",
@@ -52,16 +91,21 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
         *command,
         f"--node-ip-address={address}",
         *([f"--temp-dir={temp_dir}"] if spec.is_head or has_own_temp_dir() else []),
-        # 0 lets the kernel choose: nodes that share a host would meet on Ray's fixed defaults.
-        "--dashboard-agent-listen-port=0",
-        "--min-worker-port=0",
-        "--max-worker-port=0",
+        *(f"{flag}={ports[name]}" for name, flag in _NODE_FLAGS.items()),
+        *_worker_ports(spec.worker_ports),
         *spec.ray_start_args,
     ]
 
 
+def _worker_ports(within: str) -> list[str]:
+    """Return the flags for the ports of worker processes: one of the range, or whichever the kernel gives."""
+    first, _, last = within.partition("-")
+    return [f"--min-worker-port={int(first or 0)}", f"--max-worker-port={int(last or 0)}"]
+
+
 def start_environment(
     spec: AgentSpec,
+    node_id: str,
     resources: Mapping[str, int],
     gcs_address: str,
     temp_dir: str,
@@ -69,8 +113,13 @@ def start_environment(
     go: Mapping[str, object],
 ) -> dict[str, str]:
     """Return the variables that ``ray start`` gets in addition to the job's own."""
+    v2 = bool(go.get("autoscaler_v2", True)) if spec.is_head else not spec.autoscaler_v1
+    if not v2:
+        # How v1 tells nodes apart that share an address (ray/autoscaler/_private/monitor.py, use_node_id_as_ip).
+        resources = {**resources, NODE_NUMBER_RESOURCE: node_number(node_id)}
     result = {
         **access_environment(spec.directory, token_auth=spec.token_auth),
+        **({} if spec.metrics else {"RAY_enable_metrics_collection": "0"}),
         "RAY_OVERRIDE_RESOURCES": json.dumps(dict(resources), sort_keys=True),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(0 if spec.is_head else max(spec.drain_s - _DRAIN_MARGIN_S, 0)),
     }
@@ -82,15 +131,15 @@ def start_environment(
         **result,
         GCS_ADDRESS_VARIABLE: gcs_address,
         TEMP_DIR_VARIABLE: temp_dir,
-        "RAY_enable_autoscaler_v2": "1" if go.get("autoscaler_v2", True) else "0",
+        V2_VARIABLE: "1" if v2 else "0",
         "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
         "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,
         "RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S": str(spec.withdraw_after_s),
         "AUTOSCALER_UPDATE_INTERVAL_S": str(spec.update_interval_s),
         "AUTOSCALER_MAX_LAUNCH_BATCH": _LAUNCH_BATCH,
         "AUTOSCALER_MAX_CONCURRENT_LAUNCHES": _LAUNCH_BATCH,
-        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]),
-        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]),
+        "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]) if spec.metrics else _NO_METRICS,
+        "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]) if spec.metrics else _NO_METRICS,
     }
 
 
@@ -108,6 +157,26 @@ def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]
     if not token_auth:
         return {"RAY_AUTH_MODE": "disabled"}
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster_dir / "auth_token")}
+
+
+def shell_environment(environ: Mapping[str, str], report: NodeReport, access: Mapping[str, str]) -> str:
+    """Return shell lines that give a command on the node the environment of its job.
+
+    Args:
+        environ: The job's environment.
+        report: The node's report.
+        access: What a process needs to talk to this Ray.
+    """
+    left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
+    variables = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
+    variables |= access
+    variables["RAY_ADDRESS"] = report.gcs_address
+    variables[TEMP_DIR_VARIABLE] = report.temp_dir
+    variables["RAY_SLURM_PYTHON"] = sys.executable
+    # A tmux or screen session of this cluster is none of the user's others on this host.
+    variables["TMUX_TMPDIR"] = report.temp_dir
+    variables["SCREENDIR"] = f"{report.temp_dir}/{SCREEN_DIRECTORY}"
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
 
 
 def promised_resources(spec: AgentSpec, allocated: Mapping[str, int]) -> dict[str, int]:

@@ -16,6 +16,7 @@ class AgentSpec:
         cluster: The cluster's name.
         home: Fingerprint of the cluster's directory, as in the birth certificate.
         cluster_dir: The cluster's directory.
+        login_node: Whether this is a head outside SLURM.
         head: Node id of the head that this worker belongs to; "" for a head.
         gcs_address: Where that head listens; "" for a head.
         head_temp_dir: Ray's temporary directory of that head; "" for a head.
@@ -26,6 +27,11 @@ class AgentSpec:
         interface: Network interface to use; "" for the usual one.
         temp_dir: Where Ray's temporary directory is made.
         token_auth: Whether Ray asks for the cluster's token.
+        tls: Whether Ray encrypts its connections.
+        metrics: Whether Ray's metrics can be read, by everybody.
+        service_ports: Range for the ports of Ray's services; "" for any.
+        worker_ports: Range for the ports of Ray's worker processes; "" for any.
+        autoscaler_v1: Whether the head's autoscaler is Ray's old one; told to workers.
         update_interval_s: Period of the autoscaler, seconds.
         withdraw_after_s: When a queued job that nobody needs is cancelled, seconds.
         drain_s: Time to move work away before the time limit, seconds.
@@ -36,6 +42,7 @@ class AgentSpec:
     cluster: str
     home: str
     cluster_dir: str
+    login_node: bool = False
     head: str = ""
     gcs_address: str = ""
     head_temp_dir: str = ""
@@ -46,6 +53,11 @@ class AgentSpec:
     interface: str = ""
     temp_dir: str = ""
     token_auth: bool = True
+    tls: bool = False
+    metrics: bool = False
+    service_ports: str = ""
+    worker_ports: str = ""
+    autoscaler_v1: bool = False
     update_interval_s: int = 5
     withdraw_after_s: int = 300
     drain_s: int = 60

@@ -10,6 +10,7 @@ waits for Ray's output, for signals and for time; there are no threads. What it 
 * SIGUSR1 (SLURM announces the time limit): ``ray start`` gets SIGTERM and moves its work away (drains).
 * on a worker, the head is positively gone: the job ends, and the cluster's other jobs are cancelled, for
   a head that was killed can no longer do that itself.
+* its own socket, on which commands on the node ask it to start a session, to restart Ray, or to end.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_slurm_provider import procfs
-from ray_slurm_provider.agent import kernel, network, ray_command
+from ray_slurm_provider import procfs, tls
+from ray_slurm_provider.agent import kernel, network, ports, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
+from ray_slurm_provider.agent.head_watch import HeadWatch
+from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_path
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
-from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
-from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of, read_certificate
+from ray_slurm_provider.errors import SlurmError, StateError
 from ray_slurm_provider.files import read_json_object, write_atomically
 from ray_slurm_provider.reports import (
     ENDED,
@@ -59,9 +62,6 @@ logger = logging.getLogger("ray_slurm_provider.agent")
 
 _LOOP_S = 1.0
 _TURN_POLL_S = 0.1
-_HEAD_CHECK_S = 5.0
-# A head that restarts its network card refuses nothing; refused connections for this long mean that it is gone.
-_HEAD_REFUSED_S = 15.0
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
@@ -89,15 +89,16 @@ class Supervisor:
         self._report = NodeReport(
             self._node_id, STARTING, host=socket.gethostname(), slurm_node=environ.get("SLURMD_NODENAME", "")
         )
+        self._head = HeadWatch(spec)
         self._temp_dir: Path | None = None
+        self._reserved: ports.Reservation | None = None
+        self._requests: Requests | None = None
         self._start_lock: StartLock | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._raylet: procfs.Process | None = None
         self._tail = b""
         self._signals: list[int] = []
         self._draining = False
-        self._next_head_check = 0.0
-        self._refused_since: float | None = None
 
     def run(self) -> int:
         """Run the node to its end and return the job's exit code."""
@@ -110,7 +111,7 @@ class Supervisor:
         try:
             command, environment = self._prepare()
             reason, code = self._supervise(command, environment, wakeup)
-        except (StartError, SlurmError, OSError) as error:
+        except (StartError, SlurmError, StateError, OSError) as error:
             reason = str(error)
         finally:
             self._finish(reason, code)
@@ -124,31 +125,64 @@ class Supervisor:
                 f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there"
             )
         self._publish()
-        for path in sweep_temp_dirs(self._spec.temp_dir):
-            logger.info("removed %s, left behind by a job that was killed", path)
         try:
-            allocation = read_allocation(self._environ, self._job_facts)
-            resources = ray_command.promised_resources(self._spec, allocation.resources())
-            address = network.choose_address(self._spec.interface, self._report.slurm_node, self._slurm.node_address)
-            self._temp_dir = self._take_temp_dir()
+            for path in sweep_temp_dirs(self._spec.temp_dir):
+                logger.info("removed %s, left behind by a job that was killed", path)
+            resources = self._resources()
+            address = self._choose_address()
+            temp_dir = self._temp_dir = self._take_temp_dir()
         except ValueError as error:
             raise StartError(str(error)) from error
-        ports = network.free_ports(ray_command.HEAD_PORTS, address) if self._spec.is_head else {}
-        self._publish(address=address, ports=ports, temp_dir=str(self._temp_dir))
-        if not self._spec.is_head:
-            self._require_head()
+        names = ray_command.HEAD_PORTS if self._spec.is_head else ray_command.NODE_PORTS
+        self._reserved = ports.reserve(names, self._spec.service_ports)
+        self._publish(phase=STARTING, address=address, ports=dict(self._reserved.ports), temp_dir=str(temp_dir))
+        if not self._spec.is_head and (reason := self._head.why_not_start()):
+            raise StartError(reason)
+        self._listen(temp_dir)
+        if self._spec.tls:
+            tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
         go = read_json_object(self._paths.go(self._node_id.rpartition("-")[2])) or {}
-        command = ray_command.start_command(self._spec, address, ports, str(self._temp_dir))
+        command = ray_command.start_command(self._spec, address, self._report.ports, str(temp_dir))
         added = ray_command.start_environment(
-            self._spec, resources, self._report.gcs_address, str(self._temp_dir), ports, go
+            self._spec, self._node_id, resources, self._report.gcs_address, str(temp_dir), self._report.ports, go
         )
         logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], address)
         # What the user's `env` says about Ray's own knobs wins.
-        return command, {
+        environment = {
             **added,
             **self._environ,
             **{name: added[name] for name in added if name.startswith(("RAY_OVERRIDE", "RAY_AUTH"))},
+            **self._tls_environment(),
         }
+        environment.pop(CERTIFICATE_VARIABLE, None)
+        return command, environment
+
+    def _resources(self) -> dict[str, int]:
+        if self._spec.login_node:
+            return dict(self._spec.resources)
+        allocation = read_allocation(self._environ, self._job_facts)
+        return ray_command.promised_resources(self._spec, allocation.resources())
+
+    def _choose_address(self) -> str:
+        if self._spec.login_node:
+            return network.choose_login_address(self._spec.interface, self._slurm.node_addresses)
+        return network.choose_address(self._spec.interface, self._report.slurm_node, self._slurm.node_address)
+
+    def _listen(self, temp_dir: Path) -> None:
+        (temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+        path = Path(socket_path(str(temp_dir), self._node_id))
+        self._requests = Requests(path, self._paths.head_environment)
+
+    @property
+    def _authority(self) -> Path:
+        return self._spec.directory / "tls"
+
+    @property
+    def _certificate(self) -> Path:
+        return Path(self._report.temp_dir) / f"tls-{self._node_id.rpartition('-')[2]}"
+
+    def _tls_environment(self) -> dict[str, str]:
+        return tls.tls_environment(self._authority, self._certificate) if self._spec.tls else {}
 
     def _take_temp_dir(self) -> Path:
         if self._spec.is_head or ray_command.has_own_temp_dir():
@@ -158,7 +192,14 @@ class Supervisor:
         self._start_lock = StartLock(shared)
         return shared
 
-    def _leave_temp_dir(self) -> None:
+    def _give_back(self) -> None:
+        """Give back what was taken on this host: socket, ports, directory."""
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
+        if self._reserved is not None:
+            self._reserved.release()
+            self._reserved = None
         if self._temp_dir is not None:
             leave_temp_dir(self._temp_dir, self._node_id)
             self._temp_dir = None
@@ -176,27 +217,34 @@ class Supervisor:
     def _job_facts(self) -> Mapping[str, str]:
         return self._slurm.job_facts(job_id_of(self._node_id))
 
-    def _require_head(self) -> None:
-        host, port = network.split_address(self._spec.gcs_address)
-        if self._other_head() or network.connection_state(host, port, _HEAD_CHECK_S) == "refused":
-            raise StartError(f"the head {self._spec.head} at {self._spec.gcs_address} is gone")
-
     # -- while Ray runs -------------------------------------------------------------------------
 
     def _supervise(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
         """Start Ray and wait for the end; return why and with which exit code."""
-        for _ in range(_START_ATTEMPTS):
+        attempts = _START_ATTEMPTS
+        while True:
             reason, code = self._run_ray(command, environment, wakeup)
-            lost_a_port = self._report.phase == STARTING and re.search(
-                rb"[Aa]ddress already in use|port.{1,40} in use", self._tail
-            )
-            if not (self._spec.is_head and lost_a_port and not self._signals):
-                break
-            logger.warning("somebody took a port in the meantime; trying others")
+            attempts -= 1
+            if self._restarting():
+                logger.info("restarting Ray as asked; its workers do not survive that")
+                self._cancel_workers()
+            elif attempts and self._lost_a_port():
+                logger.warning("somebody took a port in the meantime; trying others")
+            else:
+                return reason, code
+            self._publish(phase=STARTING)
             self._end_processes()
-            self._leave_temp_dir()
+            self._give_back()
+            self._tail, self._raylet = b"", None
             command, environment = self._prepare()
-        return reason, code
+
+    def _restarting(self) -> bool:
+        asked = self._requests is not None and RESTART in self._requests.asked
+        return asked and self._spec.is_head and not self._signals
+
+    def _lost_a_port(self) -> bool:
+        taken = re.search(rb"[Aa]ddress already in use|port.{1,40} in use", self._tail)
+        return self._report.phase == STARTING and taken is not None and not self._signals
 
     def _run_ray(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
         self._wait_for_turn()
@@ -215,6 +263,8 @@ class Supervisor:
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ, self._pump)
             selector.register(wakeup, selectors.EVENT_READ, kernel.drain_wakeup)
+            if self._requests is not None:
+                selector.register(self._requests.listener, selectors.EVENT_READ, self._requests.serve)
             while True:
                 for key, _ in selector.select(_LOOP_S):
                     if not key.data(key.fileobj):
@@ -252,8 +302,9 @@ class Supervisor:
     def _reason_to_end(self) -> tuple[str, int] | None:
         """Look at signals, Ray and the head; return why to end and the exit code, None to go on."""
         assert self._child is not None  # noqa: S101 started before
-        if signal.SIGTERM in self._signals:
-            return "the job was cancelled or reached its time limit", 0
+        ordered = self._ordered_to_end()
+        if ordered:
+            return ordered, 0
         if signal.SIGUSR1 in self._signals and not self._draining:
             logger.info("the time limit is near: Ray moves its work away")
             self._draining = True
@@ -266,29 +317,25 @@ class Supervisor:
         if self._raylet is not None and not procfs.alive(self._raylet):
             # Also after a drain by the autoscaler: `ray start --block` stays when the raylet ended in order.
             return "the raylet ended", 0
-        if not self._spec.is_head and self._head_is_gone():
+        if not self._spec.is_head and self._head.is_gone():
             self._cancel_workers()
             return f"the head {self._spec.head} is gone", 0
         return None
 
-    def _head_is_gone(self) -> bool:
-        now = time.monotonic()
-        if now < self._next_head_check:
-            return False
-        self._next_head_check = now + _HEAD_CHECK_S
-        if self._other_head():
-            return True
-        host, port = network.split_address(self._spec.gcs_address)
-        if network.connection_state(host, port, _HEAD_CHECK_S) != "refused":
-            self._refused_since = None
-            return False
-        self._refused_since = self._refused_since or now
-        return now - self._refused_since >= _HEAD_REFUSED_S
-
-    def _other_head(self) -> bool:
-        """Tell whether the head says that it ended, or another one took its place; a missing file says nothing."""
-        head = read_report(self._paths.head)
-        return head is not None and (head.node_id != self._spec.head or head.phase == ENDED)
+    def _ordered_to_end(self) -> str:
+        """Return why to end Ray, when somebody wants that."""
+        if signal.SIGTERM in self._signals:
+            return "the job was cancelled or reached its time limit"
+        if self._requests is None:
+            return ""
+        self._requests.reap()
+        if self._restarting():
+            return "a restart was asked for"
+        if END in self._requests.asked:
+            return "the command of `ray exec --stop` has ended"
+        if self._spec.login_node and self._paths.stop(self._node_id).exists():
+            return "it was ended from another host"
+        return ""
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -296,15 +343,19 @@ class Supervisor:
         logger.info("the node ends: %s", reason)
         if self._spec.is_head:
             # Before the end of Ray takes its time: the controller may kill us at any moment now.
+            # From the report on, the autoscaler submits nothing more.
             self._publish(phase=ENDED, reason=reason)
             self._cancel_workers()
         self._end_processes()
+        if self._spec.is_head:
+            # What it submitted at the very last.
+            self._cancel_workers()
         if code and not self._report.ready_at and not read_reason(self._paths.reason(self._node_id)):
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
         if not self._spec.is_head:
             self._publish(phase=ENDED, reason=reason)
-        self._leave_temp_dir()
+        self._give_back()
 
     def _end_processes(self) -> None:
         """End everything below this process, also what it inherited as subreaper."""
@@ -353,12 +404,5 @@ class Supervisor:
         return head is not None and head.node_id != self._node_id
 
     def _shell_environment(self) -> str:
-        """Return shell lines that give a command the environment of this job."""
-        left_out = re.compile(r"SLURM|RAY_OVERRIDE|(PWD|OLDPWD|SHLVL|_)$")
-        variables = {
-            name: value for name, value in self._environ.items() if name.isidentifier() and not left_out.match(name)
-        }
-        variables.update(ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth))
-        variables["RAY_ADDRESS"] = self._report.gcs_address
-        variables[ray_command.TEMP_DIR_VARIABLE] = self._report.temp_dir
-        return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
+        access = ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth)
+        return ray_command.shell_environment(self._environ, self._report, {**access, **self._tls_environment()})

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 _PREFIX = "rsp-"
 _NOTES = "users"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Unix sockets hold 107 bytes (unix(7)), and Ray puts below its temp dir:
 # /session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12
 MAX_LENGTH = 107 - len("/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12")
@@ -104,7 +105,14 @@ class StartLock:
 
 
 def _expanded(base: str) -> str:
-    return os.path.expanduser(os.path.expandvars(base or DEFAULT_BASE))  # noqa: PTH111 a variable may hold "~"
+    """Return the place with its variables replaced; on the login node those of a job are unset, and /tmp stands in."""
+    path = os.path.expanduser(os.path.expandvars(base or DEFAULT_BASE))  # noqa: PTH111 a variable may hold "~"
+    unset = re.search(r"\$\{?\w+", path)
+    if unset is None:
+        return path
+    if "SLURM_JOB_ID" not in os.environ:
+        return DEFAULT_BASE
+    raise ValueError(f"temp_dir {base!r}: the job has no variable {unset.group()}")
 
 
 def _write_note(path: Path, node_id: str) -> None:
@@ -112,7 +120,8 @@ def _write_note(path: Path, node_id: str) -> None:
     note = {
         "pid": os.getpid(),
         "start": _start_time(os.getpid()),
-        "boot": _boot_id(),
+        "host": socket.gethostname(),
+        "boot": procfs.boot_id(),
         "slurm_conf": os.environ.get("SLURM_CONF", ""),
     }
     write_json(path / _NOTES / f"{node_id}.json", note)
@@ -137,18 +146,12 @@ def _remove_where(parent: str, condition: Callable[[dict[str, Any]], bool]) -> l
 
 
 def _lives(note: dict[str, Any]) -> bool:
-    if note.get("boot") != _boot_id():
-        # Another host's note on a shared file system cannot be judged here, and one of an
-        # earlier boot of this host is dead; they look alike, so it stays.
+    if note.get("host") != socket.gethostname():
+        # On a shared file system: what it says of processes cannot be judged here.
         return True
+    if note.get("boot") != procfs.boot_id():
+        return False
     return bool(note.get("start")) and _start_time(int(note.get("pid", 0))) == note.get("start")
-
-
-def _boot_id() -> str:
-    try:
-        return _BOOT_ID.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _start_time(pid: int) -> str:

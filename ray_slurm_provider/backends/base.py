@@ -56,6 +56,7 @@ class Launch:
         head: Node id of the head that it works for; "" for a head.
         gcs_address: Where that head listens; "" for a head.
         head_temp_dir: Ray's temporary directory of that head; "" for a head.
+        autoscaler_v1: Whether that head's autoscaler is Ray's old one.
         environ: The environment that the node starts with.
     """
 
@@ -69,6 +70,7 @@ class Launch:
     head: str = ""
     gcs_address: str = ""
     head_temp_dir: str = ""
+    autoscaler_v1: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.agent.spec import AgentSpec
-from ray_slurm_provider.backends.base import Launch, Sighting
-from ray_slurm_provider.batch_script import JobSpec, render
-from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, new_token, read_certificate
-from ray_slurm_provider.config import ResolvedNode
-from ray_slurm_provider.errors import ConfigError, SlurmError, SlurmUnavailable
+from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
+from ray_slurm_provider.batch_script import render
+from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
+from ray_slurm_provider.errors import SlurmError, SlurmUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ray_slurm_provider.backends.base import Launch
+    from ray_slurm_provider.birth_certificate import BirthCertificate
     from ray_slurm_provider.slurm.client import SlurmClient
     from ray_slurm_provider.slurm.types import Job
 
@@ -46,13 +46,7 @@ class SlurmJobs:
         An sbatch that gave no answer may have submitted all the same: the job is then looked for by its
         token, so that none is lost and none is submitted twice.
         """
-        certificate = BirthCertificate(
-            launch.cluster,
-            launch.home,
-            new_token(),
-            launch.head,
-            {str(k): str(v) for k, v in launch.tags.items()},
-        )
+        certificate = new_certificate(launch)
         script = render(job_spec(launch, certificate))
         try:
             job_id = self._client.submit(script, launch.environ)
@@ -110,61 +104,3 @@ class SlurmJobs:
             start=job.start,
             time_left=job.time_left,
         )
-
-
-def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
-    """Return what the batch script of this launch says.
-
-    Raises:
-        ConfigError: The names are too long for a job's comment.
-    """
-    settings, resolved = launch.settings, launch.config.resolved or ResolvedNode()
-    try:
-        comment = certificate.text()
-    except ValueError as error:
-        raise ConfigError(
-            f"available_node_types.{launch.node_type}", str(error), "a shorter cluster or type name"
-        ) from error
-    python = settings.python or ("" if resolved.steps else settings.default_python or "")
-    on_path = settings.python or settings.default_python
-    agent = AgentSpec(
-        cluster=launch.cluster,
-        home=launch.home,
-        cluster_dir=str(launch.cluster_dir),
-        head=launch.head,
-        gcs_address=launch.gcs_address,
-        head_temp_dir=launch.head_temp_dir,
-        resources=dict(resolved.resources),
-        written=list(resolved.written),
-        labels=dict(resolved.labels),
-        ray_start_args=list(launch.config.ray_start_args),
-        interface=settings.interface or "",
-        temp_dir=settings.temp_dir,
-        token_auth=settings.token_auth,
-        update_interval_s=settings.update_interval_s,
-        withdraw_after_s=settings.withdraw_after_s,
-        drain_s=settings.drain_s,
-        slurm_bin=settings.slurm_bin or "",
-        command_timeout_s=settings.command_timeout_s,
-    )
-    return JobSpec(
-        job_name=f"ray-{launch.cluster}-{launch.node_type}",
-        comment=comment,
-        token=certificate.token,
-        node_type=launch.node_type,
-        cluster_dir=launch.cluster_dir,
-        options=launch.config.sbatch,
-        steps=[(where, command) for where, command in resolved.steps],
-        env=launch.config.env,
-        python=str(Path(python).expanduser()) if python else "",
-        path_prefix=str(Path(on_path).expanduser().parent) if on_path else "",
-        wait_for_go=not launch.head,
-        # A head that drains ends every workload: it works to the last second.
-        drain_s=settings.drain_s if launch.head else 0,
-        agent=agent.as_json(),
-    )
-
-
-def preview_script(launch: Launch) -> str:
-    """Return the batch script that `SlurmJobs.create` would submit, with a token that nobody uses."""
-    return render(job_spec(launch, BirthCertificate(launch.cluster, launch.home, "TOKEN", launch.head, launch.tags)))

@@ -115,6 +115,11 @@ class SlurmClient:
         """Return the NodeAddr of a SLURM node, "" when there is none."""
         return parse.parse_show(self._show("node", node) or "").get("NodeAddr", "")
 
+    def node_addresses(self) -> list[str]:
+        """Return the NodeAddr of every SLURM node."""
+        lines = self.tools.run(["scontrol", "show", "node", "-o"]).stdout.splitlines()
+        return [address for line in lines if (address := parse.parse_show(line).get("NodeAddr"))]
+
     def _show(self, what: str, name: str) -> str | None:
         try:
             return self.tools.run(["scontrol", "show", what, "-o", name]).stdout

@@ -12,17 +12,25 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler import tags
-from ray.autoscaler._private import commands, updater, util
+from ray.autoscaler._private import commands, constants, monitor, updater, util
 from ray.autoscaler._private.providers import MINIMAL_EXTERNAL_CONFIG
 from ray.autoscaler.node_provider import NodeProvider
 from ray.scripts import scripts
 from support import cluster_config
 
 from ray_slurm_provider import bootstrap, cluster
-from ray_slurm_provider.agent.ray_command import STARTED_MARK, start_command, start_environment
+from ray_slurm_provider.agent.ray_command import (
+    HEAD_PORTS,
+    NODE_NUMBER_RESOURCE,
+    OWN_FLAGS,
+    STARTED_MARK,
+    start_command,
+    start_environment,
+)
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.node_provider import SlurmNodeProvider
 from ray_slurm_provider.ray_contract import cluster_schema, prepare_config
+from ray_slurm_provider.sessions import STOP_TAIL
 
 CONFIGS = sorted((Path(__file__).parents[2] / "cluster_configs").glob("*.yaml"))
 
@@ -54,7 +62,7 @@ def test_ray_asks_for_the_cleanup_at_the_end():
 
 def test_ray_start_has_our_options_and_says_our_word():
     options = {option for parameter in scripts.start.params for option in parameter.opts}
-    ports = dict.fromkeys(("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics"), 1)
+    ports = dict.fromkeys(HEAD_PORTS, 1)
     for spec in (AgentSpec("c", "d", "/x"), AgentSpec("c", "d", "/x", head="h", gcs_address="a:1")):
         for word in start_command(spec, "1.1.1.1", ports, "/t")[4:]:
             assert word.partition("=")[0] in options, word
@@ -63,8 +71,10 @@ def test_ray_start_has_our_options_and_says_our_word():
 
 def test_ray_knows_the_variables_that_the_head_sets():
     spec = AgentSpec("c", "d", "/x")
-    ports = dict.fromkeys(("gcs", "client", "dashboard", "autoscaler_metrics", "dashboard_metrics"), 1)
-    names = set(start_environment(spec, {}, "a:1", "/t", ports, {})) - {
+    ports = dict.fromkeys(HEAD_PORTS, 1)
+    names = set(start_environment(spec, "1-a", {}, "a:1", "/t", ports, {})) - {
+        # One of the raylet's own settings; the port scan shows that it works.
+        "RAY_enable_metrics_collection",
         "RAY_SLURM_GCS_ADDRESS",
         "RAY_SLURM_TEMP_DIR",
         "RAY_AUTH_MODE",
@@ -84,6 +94,33 @@ def test_ray_knows_the_variables_that_the_head_sets():
     assert unknown <= {"RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}
     for name in unknown:
         assert ray.__version__ < "2.60", name
+
+
+def test_our_own_flags_are_rays():
+    options = {option for parameter in scripts.start.params for option in parameter.opts}
+    assert options >= OWN_FLAGS
+
+
+def test_sessions_are_asked_for_in_the_words_that_we_know():
+    attach = inspect.getsource(commands.attach_cluster)
+    for words in ("tmux attach || tmux new", "tmux new", "screen -L -xRR", "screen -L"):
+        assert f'"{words}"' in attach
+    execute = inspect.getsource(commands._exec)
+    for words in (["screen", "-L", "-dm"], ["tmux", "new", "-d", "bash", "-c"]):
+        assert ",".join(f'"{word}"' for word in words) in "".join(execute.split())
+    for command in STOP_TAIL.split("; ")[1:]:
+        assert f'"{command}"' in inspect.getsource(commands.exec_cluster)
+
+
+def test_autoscaler_v1_knows_nodes_by_number():
+    source = inspect.getsource(monitor.Monitor)
+    assert '"use_node_id_as_ip"' in source
+    assert NODE_NUMBER_RESOURCE in source
+
+
+def test_a_port_of_minus_one_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setenv("AUTOSCALER_METRIC_PORT", "-1")
+    assert constants.env_integer("AUTOSCALER_METRIC_PORT", 1) == -1
 
 
 def test_the_updater_prints_our_failure_without_a_traceback():

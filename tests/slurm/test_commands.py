@@ -1,4 +1,4 @@
-"""Ray's own commands on a cluster whose head is a job."""
+"""Ray's own commands, with the head in a job and on the login node."""
 
 from __future__ import annotations
 
@@ -6,27 +6,43 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
-from support import RAY, wait_for
+from support import RAY, tasks_script, wait_for
 
-from ray_slurm_provider.agent.network import free_ports
+from ray_slurm_provider.agent.ports import reserve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 
-@pytest.fixture(scope="module")
-def cluster(module_cluster):
-    # A worker that cannot start: no node is that large while others run there.
-    queued = {"min_workers": 1, "max_workers": 1, "node_config": {"sbatch": {"mem": "1G", "begin": "now+1hour"}}}
-    cluster = module_cluster("commands", types={"queued": queued})
+HEADS = {
+    "slurm": {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}},
+    "login_node": {"node_config": {"placement": "login_node"}},
+}
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def cluster(request, module_cluster):
+    # A worker that cannot start for an hour (the autoscaler counts on what it has: nothing), and two that can.
+    waiting = {"sbatch": {"mem": "1G", "begin": "now+1hour"}}
+    queued = {"resources": {"CPU": 0}, "min_workers": 1, "max_workers": 1, "node_config": waiting}
+    worker = {"max_workers": 2, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}
+    name = f"commands-{request.param}"
+    cluster = module_cluster(name, head=HEADS[request.param], types={"queued": queued, "worker": worker})
     cluster.up()
     return cluster
+
+
+def _on_login_node(cluster):
+    return cluster.head()["id"].startswith("login-")
 
 
 def _exec(cluster, command, *options, **parts):
@@ -42,10 +58,13 @@ def _exec(cluster, command, *options, **parts):
 
 def test_exec_passes_output_input_and_exit_code_on(cluster):
     done = _exec(
-        cluster, 'read line; echo "got $line at $SLURMD_NODENAME, it\'s ok"; echo oops >&2; exit 3', input="hello\n"
+        cluster,
+        'read line; echo "got $line at ${SLURMD_NODENAME:-login}, it\'s ok"; echo oops >&2; exit 3',
+        input="hello\n",
     )
     assert done.returncode == 3
-    assert f"got hello at {cluster.head_job().nodes}, it's ok" in done.stdout
+    place = "login" if _on_login_node(cluster) else cluster.head_job().nodes
+    assert f"got hello at {place}, it's ok" in done.stdout
     assert "oops" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -81,35 +100,130 @@ def test_an_interrupted_exec_ends_the_command_on_the_head(cluster):
 
 
 def test_submit_runs_a_script_with_its_arguments(cluster, tmp_path):
-    script = tmp_path / "script.py"
+    script = tmp_path / "a script's.py"
     script.write_text("import sys; print('ARGS', sys.argv[1:])")
-    done = cluster.ray("submit", "--no-config-cache", cluster.yaml, script, "one", "two")
-    assert "ARGS ['one', 'two']" in done.stdout
+    done = cluster.ray("submit", "--no-config-cache", cluster.yaml, script, "--", "--one", "it's two")
+    assert "ARGS ['--one', \"it's two\"]" in done.stdout
 
 
-def test_files_go_up_and_down(cluster, tmp_path):
+def test_files_go_up_and_down_as_rsync_says(cluster, tmp_path):
     source = tmp_path / "up dir"
     source.mkdir()
     (source / "f").write_text("x")
-    cluster.ray("rsync-up", cluster.yaml, f"{source}/", f"{tmp_path}/there/")
-    assert (tmp_path / "there" / "f").read_text() == "x"
+    (source / "skipped").write_text("x")
+    cluster.config["rsync_exclude"] = ["skip*"]
+    try:
+        cluster.ray("rsync-up", cluster.yaml, f"{source}/", f"{tmp_path}/there/")
+        cluster.ray("rsync-up", cluster.yaml, source, f"{tmp_path}/there/")
+    finally:
+        del cluster.config["rsync_exclude"]
+    there = tmp_path / "there"
+    assert {str(path.relative_to(there)) for path in there.rglob("*")} == {"f", "up dir", "up dir/f"}
     cluster.ray("rsync-down", cluster.yaml, f"{tmp_path}/there/f", f"{tmp_path}/back/")
     assert (tmp_path / "back" / "f").read_text() == "x"
     done = cluster.ray("rsync-up", cluster.yaml, f"{tmp_path}/nothing", f"{tmp_path}/there/", check=False)
     assert done.returncode == 1
     assert "does not exist" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_is_not_shared_goes_through_the_allocation(cluster, tmp_path):
+    (tmp_path / "f").write_text("x")
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="rst-") as private:
+        cluster.ray("rsync-up", cluster.yaml, tmp_path / "f", f"{private}/it's/ne w")
+        assert Path(private, "it's", "ne w").read_text() == "x"
+        cluster.ray("rsync-down", cluster.yaml, f"{private}/it's/", f"{tmp_path}/back/")
+    assert (tmp_path / "back" / "ne w").read_text() == "x"
+
+
+def test_rays_logs_come_down_from_where_they_are(cluster, tmp_path):
+    cluster.ray("rsync-down", cluster.yaml, "/tmp/ray/session_latest/logs/monitor.log", f"{tmp_path}/")
+    assert "Autoscaler" in (tmp_path / "monitor.log").read_text()
+
+
+def test_status_and_jobs_work_from_the_login_node(cluster):
+    environ = {**cluster.environ, **cluster.access()}
+    status = subprocess.run([*RAY, "status"], env=environ, text=True, capture_output=True, timeout=60)
+    assert "Node status" in status.stdout
+    words = ["job", "submit", "--", "sh", "-c", "echo $((40 + 2))-done"]
+    done = subprocess.run([*RAY, *words], env=environ, text=True, capture_output=True, timeout=90)
+    assert "42-done" in done.stdout, done.stdout + done.stderr
+
+
+def test_ray_client_connects_from_the_login_node(cluster):
+    text = cluster.ray_slurm("env", "--client", cluster.yaml).stdout
+    assert "ray://" in text
+    program = "import ray; ray.init(); print('NODES', len(ray.nodes())); ray.shutdown()"
+    done = subprocess.run(
+        ["bash", "-c", f"{text}\n{shlex.quote(RAY[0])} -c {shlex.quote(program)}"],
+        env=cluster.environ,
+        text=True,
+        capture_output=True,
+        timeout=90,
+    )
+    assert "NODES 1" in done.stdout, done.stdout + done.stderr
+
+
+def test_tasks_run_on_workers_and_not_on_the_head(cluster, tmp_path):
+    seen = cluster.run_on_head(tasks_script(tmp_path, 2))
+    assert len({task["job"] for task in seen}) == 2
+
+
+@pytest.mark.parametrize("tool", ["tmux", "screen"])
+def test_a_session_outlives_the_command_and_has_the_clusters_environment(cluster, tmp_path, tool):
+    note = tmp_path / "it's here"
+    command = f'while [ ! -e {shlex.quote(str(tmp_path / "go"))} ]; do sleep 0.1; done; ray status && echo "$RAY_ADDRESS" > {shlex.quote(str(note))}'
+    done = _exec(cluster, command, f"--{tool}")
+    assert done.returncode == 0, done.stderr
+    # The command line has ended, and with it its step in the job.
+    (tmp_path / "go").touch()
+    wait_for(note.exists, 60, "the session's command")
+    assert wait_for(note.read_text, 5, "its words").strip() == cluster.access()["RAY_ADDRESS"]
+    assert f"ray attach {cluster.yaml} --{tool}" in done.stdout
+    with _Terminal(cluster, "attach", cluster.yaml, "--no-config-cache", f"--{tool}") as terminal:
+        terminal.write("echo address=$RAY_ADDRESS; echo attached=$((40+2))\n")
+        terminal.read_until("attached=42")
+
+
+def test_a_session_of_the_users_own_on_the_host_is_another_one(cluster, tmp_path):
+    environ = {**cluster.environ, "TMUX_TMPDIR": str(tmp_path)}
+    subprocess.run(["tmux", "new", "-d", "-s", "mine", "sleep 600"], env=environ, check=True)
+    try:
+        done = _exec(cluster, "tmux ls")
+        assert "mine" not in done.stdout
+    finally:
+        subprocess.run(["tmux", "kill-server"], env=environ, check=True)
+
+
+def test_a_port_is_forwarded_while_the_command_runs(cluster, tmp_path):
+    (tmp_path / "page").write_text("hello")
+    address = cluster.ray("get-head-ip", cluster.yaml).stdout.split()[-1]
+    port = reserve(["port"]).ports["port"]
+    server = f"cd {tmp_path} && exec python -m http.server --bind {address} {port}"
+    child = cluster.start("exec", cluster.yaml, "--no-config-cache", "--port-forward", port, server)
+
+    def page():
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/page", timeout=5).read()
+        except OSError:
+            return None
+
+    assert wait_for(page, 60, "the forwarded port") == b"hello"
+    child.send_signal(signal.SIGINT)
+    child.wait(30)
+    wait_for(lambda: page() is None, 30, "the end of the server")
 
 
 def test_addresses_are_told_also_of_a_worker_that_waits(cluster):
     head = cluster.ray("get-head-ip", cluster.yaml).stdout.split()[-1]
     assert cluster.access()["RAY_ADDRESS"].startswith(f"{head}:")
     wait_for(cluster.workers, 30, "the queued worker")
-    (address,) = cluster.ray("get-worker-ips", cluster.yaml).stdout.split()
-    assert re.fullmatch(r"slurm-job-\d+-\w+", address)
+    addresses = cluster.ray("get-worker-ips", cluster.yaml).stdout.split()
+    assert len([address for address in addresses if re.fullmatch(r"slurm-job-\d+-\w+", address)]) == 1
 
 
 def test_the_dashboard_is_forwarded_and_asks_for_the_token(cluster):
-    port = free_ports(["local"], "127.0.0.1")["local"]
+    port = reserve(["local"]).ports["local"]
     child = cluster.start("dashboard", cluster.yaml, "--no-config-cache", "--port", port)
     token = (cluster.root / "auth_token").read_text()
 
@@ -153,22 +267,74 @@ def test_monitor_follows_the_autoscalers_log(cluster):
     child.wait(30)
 
 
+class _Terminal:
+    """A `ray` command in a terminal of its own."""
+
+    def __init__(self, cluster, *words):
+        self.seen = ""
+        self._pid, self._handle = pty.fork()
+        if self._pid == 0:
+            environ = {**cluster.environ, "SHELL": "/bin/bash", "TERM": "xterm"}
+            os.execvpe(RAY[0], [*RAY, *map(str, words)], environ)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._handle)
+
+    def write(self, text):
+        os.write(self._handle, text.encode())
+
+    def read_until(self, word, timeout_s=60):
+        deadline = time.monotonic() + timeout_s
+        while word not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self._handle], [], [], 1)[0]:
+                self.seen += os.read(self._handle, 65536).decode(errors="replace")
+
+
 def test_attach_gives_a_terminal_with_the_clusters_environment(cluster):
-    pid, terminal = pty.fork()
-    if pid == 0:
-        command = [*RAY, "attach", str(cluster.yaml), "--no-config-cache"]
-        os.execvpe(command[0], command, {**cluster.environ, "SHELL": "/bin/bash", "TERM": "xterm"})
-    seen = b""
-    try:
-        time_limit = time.monotonic() + 60
-        os.write(terminal, b"tty; echo address=$RAY_ADDRESS; echo done=$((40+2)); exit 5\n")
-        while b"done=42" not in seen and time.monotonic() < time_limit:
-            if select.select([terminal], [], [], 1)[0]:
-                seen += os.read(terminal, 65536)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(terminal)
-    assert b"done=42" in seen
-    assert b"/dev/pts/" in seen
-    assert f"address={cluster.access()['RAY_ADDRESS']}".encode() in seen
+    with _Terminal(cluster, "attach", cluster.yaml, "--no-config-cache") as terminal:
+        terminal.write("tty; echo address=$RAY_ADDRESS; ray status >/dev/null && echo done=$((40+2))\n")
+        terminal.read_until("done=42")
+    assert "/dev/pts/" in terminal.seen
+    assert f"address={cluster.access()['RAY_ADDRESS']}" in terminal.seen
+
+
+def test_ray_stop_as_a_command_is_refused_with_the_reason(cluster):
+    done = _exec(cluster, "ray stop")
+    assert done.returncode == 1
+    assert "use `ray down`" in done.stderr
+    assert cluster.access()
+
+
+def test_a_second_ray_up_finds_the_head_and_restart_only_restarts_ray(cluster):
+    before = cluster.head(), cluster.access()
+    cluster.up()
+    assert (cluster.head()["id"], cluster.access()) == (before[0]["id"], before[1])
+    cluster.ray("up", cluster.yaml, "--no-config-cache", "-y", "--restart-only")
+    assert cluster.head()["id"] == before[0]["id"]
+    assert cluster.access()["RAY_ADDRESS"] != before[1]["RAY_ADDRESS"]
+    assert "Node status" in _exec(cluster, "ray status").stdout
+
+
+def test_workers_go_and_the_minimum_stays_when_asked(cluster, tmp_path):
+    cluster.run_on_head(tasks_script(tmp_path, 1))
+    (kept,) = [job for job in cluster.workers() if job.name.endswith("-queued")]
+    done = cluster.ray("down", "-y", cluster.yaml, "--workers-only", "--keep-min-workers")
+    assert "1 workers stay" in done.stdout
+    assert [job.job_id for job in cluster.workers()] == [kept.job_id]
+    assert cluster.head()["ray"] == "up"
+
+
+def test_stop_ends_the_cluster_after_the_command_and_passes_its_exit_code_on(cluster):
+    done = _exec(cluster, "echo last words; (exit 4)", "--stop")
+    assert done.returncode == 4
+    assert "last words" in done.stdout
+    wait_for(lambda: cluster.head() is None and not cluster.jobs(), 60, "the end of the cluster")
+    cluster.wait_until_no_process_is_left(30)
+    cluster.down()
+    assert not cluster.root.exists()

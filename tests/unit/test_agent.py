@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, temp_dirs
-from ray_slurm_provider.agent.ray_command import start_command, start_environment
+from ray_slurm_provider.agent.ray_command import HEAD_PORTS, start_command, start_environment
 from ray_slurm_provider.agent.spec import AgentSpec, read_spec
 from ray_slurm_provider.files import write_atomically, write_json
 
@@ -41,14 +42,6 @@ def test_an_interface_is_taken_by_name_and_a_wrong_one_told():
     assert network.choose_address("lo", "", lambda node: "") == "127.0.0.1"
     with pytest.raises(ValueError, match="there are .*lo"):
         network.choose_address("ib9", "", lambda node: "")
-
-
-def test_free_ports_are_different_and_free():
-    ports = network.free_ports(["a", "b", "c"], "127.0.0.1")
-    assert len(set(ports.values())) == 3
-    for port in ports.values():
-        with socket.socket() as probe:
-            probe.bind(("", port))
 
 
 def test_only_a_refused_connection_says_that_nobody_is_there():
@@ -108,12 +101,13 @@ def test_a_shared_temp_dir_goes_with_its_last_node_and_lets_one_start_at_a_time(
 
 
 def test_only_what_a_killed_job_left_is_swept(base):
-    living, dead, elsewhere = (temp_dirs.make_temp_dir(str(base), name) for name in ("1-l", "2-d", "3-e"))
+    living, dead, old, elsewhere = (temp_dirs.make_temp_dir(str(base), name) for name in ("1-l", "2-d", "4-o", "3-e"))
     (base / "rsp-strange").mkdir()
     note = json.loads((living / "users" / "1-l.json").read_text())
     write_json(dead / "users" / "2-d.json", {**note, "start": "1"})
-    write_json(elsewhere / "users" / "3-e.json", {**note, "start": "1", "boot": "another"})
-    assert temp_dirs.sweep_temp_dirs(str(base)) == [dead]
+    write_json(old / "users" / "4-o.json", {**note, "boot": "an earlier one"})
+    write_json(elsewhere / "users" / "3-e.json", {**note, "start": "1", "boot": "another", "host": "another"})
+    assert sorted(temp_dirs.sweep_temp_dirs(str(base))) == sorted([dead, old])
     assert sorted(path for path in base.iterdir()) == sorted([living, elsewhere, base / "rsp-strange"])
 
 
@@ -121,7 +115,7 @@ HEAD = AgentSpec("c", "d", "/shared/c")
 WORKER = AgentSpec(
     "c", "d", "/shared/c", head="1-a", gcs_address="1.2.3.4:5", labels={"a": "b"}, ray_start_args=["--x=1"]
 )
-PORTS = {"gcs": 1, "client": 2, "dashboard": 3, "autoscaler_metrics": 4, "dashboard_metrics": 5}
+PORTS = {name: number for number, name in enumerate(HEAD_PORTS, start=1)}
 
 
 def test_the_head_gets_its_ports_and_rays_patience():
@@ -136,7 +130,7 @@ def test_the_head_gets_its_ports_and_rays_patience():
     ):
         assert word in command
     environ = start_environment(
-        HEAD, {"CPU": 0}, "1.2.3.4:1", "/tmp/t", PORTS, {"autoscaler_v2": True, "usage_stats": False}
+        HEAD, "9-a", {"CPU": 0}, "1.2.3.4:1", "/tmp/t", PORTS, {"autoscaler_v2": True, "usage_stats": False}
     )
     assert environ["RAY_enable_autoscaler_v2"] == "1"
     assert environ["RAY_AUTH_MODE"] == "token"
@@ -151,12 +145,64 @@ def test_without_a_token_the_dashboard_stays_on_the_host():
 
 
 def test_a_worker_joins_its_head():
-    command = start_command(WORKER, "1.2.3.5", {}, "/tmp/t")
+    command = start_command(WORKER, "1.2.3.5", PORTS, "/tmp/t")
     assert "--address=1.2.3.4:5" in command
     assert command[-1] == "--x=1"
-    environ = start_environment(WORKER, {"CPU": 2}, "", "", {}, {})
+    environ = start_environment(WORKER, "9-a", {"CPU": 2}, "", "", {}, {})
     assert json.loads(environ["RAY_OVERRIDE_LABELS"]) == {"a": "b"}
     assert "RAY_enable_autoscaler_v2" not in environ
+    assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2}
+
+
+def test_autoscaler_v1_knows_a_node_by_a_number():
+    spec = replace(WORKER, autoscaler_v1=True)
+    environ = start_environment(spec, "9-a", {"CPU": 2}, "", "", {}, {})
+    assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2, "NODE_ID_AS_RESOURCE": 11}
+    environ = start_environment(HEAD, "9-zzzzzz", {}, "", "", PORTS, {"autoscaler_v2": False})
+    assert environ["RAY_enable_autoscaler_v2"] == "0"
+    # Ray keeps resources as doubles.
+    assert float(json.loads(environ["RAY_OVERRIDE_RESOURCES"])["NODE_ID_AS_RESOURCE"]) == 36**6
+
+
+def test_worker_processes_get_ports_of_the_range():
+    command = start_command(replace(WORKER, worker_ports="21000-21999"), "1.2.3.5", PORTS, "/tmp/t")
+    assert {"--min-worker-port=21000", "--max-worker-port=21999"} <= set(command)
+
+
+def test_metrics_are_closed_unless_they_are_wanted():
+    closed = start_environment(HEAD, "9-a", {}, "", "", PORTS, {})
+    assert (closed["RAY_enable_metrics_collection"], closed["AUTOSCALER_METRIC_PORT"]) == ("0", "-1")
+    wanted = start_environment(replace(HEAD, metrics=True), "9-a", {}, "", "", PORTS, {})
+    assert "RAY_enable_metrics_collection" not in wanted
+    assert wanted["AUTOSCALER_METRIC_PORT"] == str(PORTS["autoscaler_metrics"])
+
+
+def test_a_login_node_takes_the_address_towards_the_compute_nodes(monkeypatch):
+    routes = {"10.0.0.5": ["10.0.0.1"], "10.0.0.6": ["10.0.0.1"], "198.51.100.7": ["198.51.100.1"]}
+    monkeypatch.setattr(network, "_resolve", lambda name: {"n1": ["10.0.0.5"], "n2": ["10.0.0.6"]}.get(name, [name]))
+    monkeypatch.setattr(network, "_towards", lambda address: routes.get(address, []))
+    monkeypatch.setattr(network, "is_local", lambda address: True)
+    assert network.choose_login_address("", lambda: ["198.51.100.7", "n1", "n2"]) == "10.0.0.1"
+
+
+def test_a_login_node_is_on_loopback_only_when_every_compute_node_is():
+    assert network.choose_login_address("", lambda: ["127.0.1.1", "127.0.1.2"]) == "127.0.0.1"
+    other = network.choose_login_address("", lambda: ["127.0.1.1", "198.51.100.7"])
+    assert not network.is_loopback(other) or not network._towards_default_route()
+
+
+def test_link_local_addresses_are_passed_over(monkeypatch):
+    monkeypatch.setattr(network, "_resolve", lambda name: ["fe80::1", "fd00::5"])
+    monkeypatch.setattr(network, "is_local", lambda address: True)
+    assert network.choose_address("", "n1", lambda node: "n1") == "fd00::5"
+
+
+def test_a_variable_that_only_jobs_have_is_no_matter_on_the_login_node(base, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert temp_dirs._expanded("$NO_SUCH_VARIABLE/x") == temp_dirs.DEFAULT_BASE
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with pytest.raises(ValueError, match="NO_SUCH_VARIABLE"):
+        temp_dirs.make_temp_dir("${NO_SUCH_VARIABLE}/x", "1-a")
 
 
 def test_a_spec_comes_back_as_it_was_and_one_of_another_version_is_refused():

@@ -17,23 +17,35 @@ LAYERS = [
     {"cli"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
     {"bootstrap", "progress", "forward", "sandbox.lifecycle"},
-    {"ray_contract", "cluster_yaml", "sandbox.daemons", "sandbox.layout", "sandbox"},
-    {"cluster"},
-    {"backends.slurm_jobs"},
+    {
+        "ray_contract",
+        "cluster_yaml",
+        "command_line",
+        "file_sync",
+        "sessions",
+        "sandbox.daemons",
+        "sandbox.layout",
+        "sandbox",
+    },
+    {"cluster", "shells"},
+    {"backends.places"},
+    {"backends.slurm_jobs", "backends.login_process"},
+    {"backends.launch_script"},
     {"backends.base", "backends"},
     {"batch_script", "cluster_dir", "resources", "backoff"},
-    {"config", "agent.__main__"},
+    {"config", "agent.__main__", "agent.ask"},
     {"sbatch_options"},
     {"fields"},
     {"agent.supervisor"},
-    {"agent.ray_command", "agent.temp_dirs"},
-    {"agent.spec", "agent.allocation", "agent.network", "agent.kernel", "agent.guard", "agent"},
+    {"agent.head_watch", "agent.ray_command", "agent.temp_dirs", "agent.requests"},
+    {"agent.spec", "agent.allocation", "agent.network", "agent.ports", "agent.kernel", "agent.guard", "agent"},
     {"birth_certificate", "reports", "slurm.client"},
     {"slurm.parse", "slurm.process"},
     {"slurm.types", "slurm"},
+    {"tls"},
     {"files", "procfs", "errors", "__init__"},
 ]
-STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors")
+STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors", "tls")
 
 
 def _modules():
@@ -105,4 +117,13 @@ def test_what_runs_in_the_job_needs_the_standard_library_only(module):
 def test_processes_are_started_in_few_places():
     for module, path in _modules().items():
         if "subprocess" in set(_imports(path)):
-            assert module in {"slurm.process", "sandbox.lifecycle", "agent.supervisor", "command_runner"}
+            assert module in {
+                "slurm.process",
+                "sandbox.lifecycle",
+                "agent.supervisor",
+                "agent.requests",
+                "backends.login_process",
+                "file_sync",
+                "shells",
+                "tls",
+            }

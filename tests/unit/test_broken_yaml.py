@@ -51,7 +51,7 @@ MISTAKES = [
     ]],
     *[(("provider", "slurm", key), value, f"{SLURM}.{key}") for key, value in [
         ("state_dri", "/x"), ("state_dir", 3), ("state_dir", "relative/path"), ("state_dir", ""), ("state_dir", "/a\n/b"), ("python", "python3"), ("python", 3), ("slurm_bin", "bin"), ("interface", ["ib0"]),
-        ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("ports", {}),
+        ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("port", {}), ("tls", "yes"), ("command_runner", "rsh"), ("ssh_args", "-p 22"), ("ports", "1-2"), ("metrics", 1),
     ]],
     *[(("provider", key), value, path) for key, value, path in [
         ("slurm", [1], SLURM), ("slurm", "x", SLURM), ("slrum", {}, "provider.slrum"), ("state_dir", "/x", "provider.state_dir"), ("partition", "cpu", "provider.partition"),

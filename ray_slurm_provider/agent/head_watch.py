@@ -1,0 +1,72 @@
+"""How a worker knows that its head is gone: only on positive evidence."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.agent import network
+from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
+
+if TYPE_CHECKING:
+    from ray_slurm_provider.agent.spec import AgentSpec
+
+_CHECK_S = 5.0
+# A head that restarts its network card refuses nothing; refused connections for this long mean that it is gone.
+_REFUSED_S = 15.0
+# How long a head that cannot be reached at all may keep a worker from starting.
+_UNREACHABLE_S = 20.0
+
+
+class HeadWatch:
+    """Looks after the head of one worker.
+
+    Args:
+        spec: The worker.
+    """
+
+    def __init__(self, spec: AgentSpec) -> None:
+        self._spec = spec
+        self._head_report = ReportPaths(spec.directory).head
+        self._next_check = 0.0
+        self._refused_since: float | None = None
+
+    def why_not_start(self) -> str:
+        """Return why there is no point in starting, "" when the head can be reached."""
+        head = f"the head {self._spec.head} at {self._spec.gcs_address}"
+        deadline = time.monotonic() + _UNREACHABLE_S
+        while True:
+            state = "refused" if self._replaced() else self._connection()
+            if state == "open":
+                return ""
+            if state == "refused":
+                return f"{head} is gone"
+            if time.monotonic() > deadline:
+                return (
+                    f"{head} cannot be reached from here: no route, or a firewall;"
+                    " see provider.slurm.interface and provider.slurm.ports"
+                )
+            time.sleep(1.0)
+
+    def is_gone(self) -> bool:
+        """Tell whether the head is gone for good; asks at most every five seconds."""
+        now = time.monotonic()
+        if now < self._next_check:
+            return False
+        self._next_check = now + _CHECK_S
+        if self._replaced():
+            return True
+        if self._connection() != "refused":
+            self._refused_since = None
+            return False
+        self._refused_since = self._refused_since or now
+        return now - self._refused_since >= _REFUSED_S
+
+    def _connection(self) -> str:
+        host, port = network.split_address(self._spec.gcs_address)
+        return network.connection_state(host, port, _CHECK_S)
+
+    def _replaced(self) -> bool:
+        """Tell whether the head says that it ended, or another one took its place; a missing file says nothing."""
+        head = read_report(self._head_report)
+        return head is not None and (head.node_id != self._spec.head or head.phase == ENDED)

@@ -1,0 +1,91 @@
+"""From a launch to the script of its node."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.agent.spec import AgentSpec
+from ray_slurm_provider.batch_script import JobSpec, render, render_process
+from ray_slurm_provider.birth_certificate import BirthCertificate, new_token
+from ray_slurm_provider.config import ResolvedNode
+from ray_slurm_provider.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray_slurm_provider.backends.base import Launch
+
+
+def new_certificate(launch: Launch, token: str = "") -> BirthCertificate:
+    """Return the birth certificate of a launch, with a token of its own when none is given."""
+    tags = {str(name): str(value) for name, value in launch.tags.items()}
+    return BirthCertificate(launch.cluster, launch.home, token or new_token(), launch.head, tags)
+
+
+def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
+    """Return what the script of this launch says.
+
+    Raises:
+        ConfigError: The names are too long for a job's comment.
+    """
+    settings, resolved = launch.settings, launch.config.resolved or ResolvedNode()
+    python = settings.python or ("" if resolved.steps else settings.default_python or "")
+    on_path = settings.python or settings.default_python
+    return JobSpec(
+        job_name=f"ray-{launch.cluster}-{launch.node_type}",
+        comment=certificate_text(launch, certificate),
+        token=certificate.token,
+        node_type=launch.node_type,
+        cluster_dir=launch.cluster_dir,
+        options=launch.config.sbatch,
+        steps=[(where, command) for where, command in resolved.steps],
+        env=launch.config.env,
+        python=str(Path(python).expanduser()) if python else "",
+        path_prefix=str(Path(on_path).expanduser().parent) if on_path else "",
+        wait_for_go=not launch.head,
+        # A head that drains ends every workload: it works to the last second.
+        drain_s=settings.drain_s if launch.head else 0,
+        agent=_agent_spec(launch, resolved).as_json(),
+    )
+
+
+def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
+    """Return the certificate as a job's comment.
+
+    Raises:
+        ConfigError: The names are too long for one.
+    """
+    try:
+        return certificate.text()
+    except ValueError as error:
+        path = f"available_node_types.{launch.node_type}"
+        raise ConfigError(path, str(error), "a shorter cluster or type name") from error
+
+
+def preview_script(launch: Launch) -> str:
+    """Return the script that a backend would run, with a token that nobody uses."""
+    spec = job_spec(launch, new_certificate(launch, "TOKEN"))
+    return render_process(spec, "HOST") if launch.config.placement == "login_node" else render(spec)
+
+
+def _agent_spec(launch: Launch, resolved: ResolvedNode) -> AgentSpec:
+    """Return what the agent is told; settings of the same name go to it as they are."""
+    names = {known.name for known in fields(AgentSpec)} & set(type(launch.settings).model_fields)
+    shared = {name: value for name in names if (value := getattr(launch.settings, name)) is not None}
+    return AgentSpec(
+        cluster=launch.cluster,
+        home=launch.home,
+        cluster_dir=str(launch.cluster_dir),
+        login_node=launch.config.placement == "login_node",
+        head=launch.head,
+        gcs_address=launch.gcs_address,
+        head_temp_dir=launch.head_temp_dir,
+        resources=dict(resolved.resources),
+        written=list(resolved.written),
+        labels=dict(resolved.labels),
+        service_ports=launch.settings.ports.services or "",
+        worker_ports=launch.settings.ports.workers or "",
+        autoscaler_v1=launch.autoscaler_v1,
+        ray_start_args=list(launch.config.ray_start_args),
+        **shared,
+    )

@@ -1,0 +1,214 @@
+"""The head as a process on the login node, outside SLURM.
+
+# Design:
+Whether it lives, the kernel of its host knows: process id, start time and boot id name it for good. The
+record in the cluster directory tells these to every `ray` command. When the record is lost, the process
+itself carries its birth certificate in its environment and is found by that. On another login node its
+life is read from what it says itself, and from its GCS port: open, or positively refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.agent.network import connection_state
+from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.backends.launch_script import certificate_text, job_spec, new_certificate
+from ray_slurm_provider.batch_script import render_process
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, BirthCertificate, read_certificate
+from ray_slurm_provider.cluster_dir import LoginHead
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.reports import ENDED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ray_slurm_provider.backends.base import Launch
+    from ray_slurm_provider.cluster_dir import ClusterDir
+    from ray_slurm_provider.procfs import Process
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "login-"
+_CONNECT_S = 5.0
+# The agent ends Ray and cancels the cluster's jobs first.
+_END_S = 30.0
+
+
+class LoginProcess:
+    """The one head of a cluster on a login node.
+
+    Args:
+        directory: The cluster's directory.
+        cluster: The cluster's name.
+    """
+
+    def __init__(self, directory: ClusterDir, cluster: str) -> None:
+        self._directory = directory
+        self._cluster = cluster
+        self._last: LoginHead | None = None
+        self._searched = False
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def sightings(self) -> list[Sighting]:
+        """Return the head, also one that has ended.
+
+        Raises:
+            StateError: It runs on another host, and whether it lives cannot be told from here.
+        """
+        head = self._head()
+        certificate = None if head is None else read_certificate(head.certificate)
+        if head is None or certificate is None:
+            return []
+        alive, reason = self._life(head)
+        return [
+            Sighting(
+                node_id=head.node_id,
+                head="",
+                birth_tags=certificate.tags,
+                alive=alive,
+                state="RUNNING" if alive else "ENDED",
+                reason=reason,
+                place=head.host,
+                start=time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(head.created)),
+            )
+        ]
+
+    def create(self, launch: Launch) -> str:
+        """Start the head on this host, detached from the terminal."""
+        certificate = new_certificate(launch)
+        text = certificate_text(launch, certificate)
+        host = host_name()
+        script = self._directory.write_script(certificate.token, render_process(job_spec(launch, certificate), host))
+        child = subprocess.Popen(
+            ["/bin/bash", str(script)],
+            env={**launch.environ, CERTIFICATE_VARIABLE: text},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
+        self._children.append(child)
+        head = _record(certificate, child.pid, text)
+        self._remember(head)
+        logger.info("started %s as process %d", head.node_id, child.pid)
+        return head.node_id
+
+    def terminate(self, node_ids: Sequence[str]) -> None:
+        """End the head and everything below it; one that has ended already is no error."""
+        head = self._head()
+        if head is None or head.node_id not in node_ids or not self._life(head)[0]:
+            return
+        if head.host != host_name():
+            self._directory.ask_to_stop(head.node_id)
+            return
+        process = procfs.find(head.pid)
+        if process is None:
+            return
+        procfs.send([process], signal.SIGTERM)
+        if not procfs.wait_until(lambda: not procfs.alive(process), _END_S):
+            procfs.end([*procfs.descendants(process.pid), process], 1.0)
+        self._reap()
+
+    def exists(self, node_id: str) -> bool:
+        """Tell whether the head still lives."""
+        head = self._head()
+        return head is not None and head.node_id == node_id and self._life(head)[0]
+
+    def how_ended(self, node_id: str) -> str:
+        """Return how the head ended, as far as this host can tell."""
+        head = self._head()
+        if head is None or head.node_id != node_id:
+            return "nothing is known of it any more"
+        alive, reason = self._life(head)
+        return "it still runs" if alive else reason
+
+    def _head(self) -> LoginHead | None:
+        """Return the record; the one of the last question, or what this host's processes say, when it is lost."""
+        head = self._directory.login_head()
+        if head is None and self._last is None and not self._searched:
+            self._searched = True
+            head = self._search()
+            if head is not None and self._directory.exists:
+                self._remember(head)
+        self._last = head or self._last
+        return self._last
+
+    def _remember(self, head: LoginHead) -> None:
+        self._directory.save_login_head(head)
+        self._last = head
+
+    def _life(self, head: LoginHead) -> tuple[bool, str]:
+        """Tell whether the head lives, and if not, why that is known."""
+        if head.host == host_name():
+            if head.boot_id != procfs.boot_id():
+                return False, f"{head.host} was rebooted"
+            self._reap()
+            now = procfs.find(head.pid)
+            alive = now is not None and now.start == head.start
+            return alive, "" if alive else self._last_words(head) or f"process {head.pid} is gone"
+        report = self._directory.head_report()
+        if report is not None and report.node_id == head.node_id:
+            if report.phase == ENDED:
+                return False, report.reason
+            port = report.ports.get("gcs")
+            state = connection_state(report.address, port, _CONNECT_S) if port and report.address else "unknown"
+            if state != "unknown":
+                return state == "open", "" if state == "open" else "its port refuses connections"
+        raise StateError(
+            f"the head runs on {head.host}, and from {host_name()} nobody can tell whether it lives\n"
+            f"  log in to {head.host} and try there"
+        )
+
+    def _last_words(self, head: LoginHead) -> str:
+        report = self._directory.report(head.node_id)
+        return report.reason if report is not None and report.phase == ENDED else ""
+
+    def _search(self) -> LoginHead | None:
+        """Look among this user's processes for one that carries a certificate of this cluster."""
+        carriers: dict[int, tuple[Process, BirthCertificate, str]] = {}
+        for process in procfs.processes():
+            match = re.search(rb"(?:^|\0)" + CERTIFICATE_VARIABLE.encode() + rb"=([^\0]+)", process.read("environ"))
+            text = match.group(1).decode(errors="replace") if match else ""
+            certificate = read_certificate(text)
+            if certificate is not None and (certificate.cluster, certificate.home) == (
+                self._cluster,
+                self._directory.fingerprint,
+            ):
+                carriers[process.pid] = process, certificate, text
+        for process, certificate, text in carriers.values():
+            # What the setup commands start carries it too.
+            if process.parent not in carriers:
+                logger.warning("the record of the head was lost; found it as process %d", process.pid)
+                return _record(certificate, process.pid, text)
+        return None
+
+    def _reap(self) -> None:
+        """Let a head that this process started and that has ended leave the process table."""
+        self._children = [child for child in self._children if child.poll() is None]
+
+
+def host_name() -> str:
+    """Return this host's name as it stands in node ids."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname().partition(".")[0]) or "host"
+
+
+def _record(certificate: BirthCertificate, pid: int, text: str) -> LoginHead:
+    process = procfs.find(pid)
+    return LoginHead(
+        node_id=certificate.node_id(f"{PREFIX}{host_name()}-{pid}"),
+        host=host_name(),
+        boot_id=procfs.boot_id(),
+        pid=pid,
+        start=process.start if process else "",
+        created=time.time(),
+        certificate=text,
+    )

@@ -1,0 +1,195 @@
+"""Copies files as rsync does, by rsync: on the shared file system, or through a shell on the node."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.errors import StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ray_slurm_provider.shells import Shell
+
+# File systems that only their own host sees (mount(8)); what is not one of these is taken for shared.
+_LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "vfat"})
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """What Ray's YAML says about copying.
+
+    Attributes:
+        exclude: Patterns of rsync to leave out.
+        filters: Names of files with such patterns in each directory, such as ``.gitignore``.
+    """
+
+    exclude: Sequence[str] = ()
+    filters: Sequence[str] = ()
+
+    def arguments(self) -> list[str]:
+        """Return them for rsync, as Ray does (ray/autoscaler/_private/command_runner.py)."""
+        return [
+            *(word for pattern in self.exclude for word in ("--exclude", pattern)),
+            *(word for name in self.filters for word in ("--filter", f"dir-merge,- {name}")),
+        ]
+
+
+def copy(source: str, target: str, options: SyncOptions) -> None:
+    """Copy on file systems that this host sees.
+
+    Args:
+        source: What; one that ends with ``/`` stands for the content of the directory.
+        target: Where to; directories on the way are made.
+        options: What to leave out.
+
+    Raises:
+        StateError: It cannot be copied; nothing of the source is changed.
+    """
+    origins, goal = _matching(source), _expanded(target)
+    try:
+        _parent(goal).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(f"{_parent(goal)} cannot be made: {error.strerror or error}") from error
+    different = [origin for origin in origins if not _same(origin, goal)]
+    if different:
+        _rsync([*options.arguments(), *different, goal])
+
+
+def send(source: str, target: str, options: SyncOptions, shell: Shell) -> None:
+    """Copy from this host to a place that only the node sees.
+
+    Raises:
+        StateError: It cannot be copied.
+    """
+    origins = _matching(source)
+    make = f"mkdir -p {_for_shell(str(_parent(target)))} && rsync"
+    with _remote_shell(shell) as words:
+        _rsync([*words, "--rsync-path", make, *options.arguments(), *origins, f"node:{_for_rsync(target)}"])
+
+
+def fetch(source: str, target: str, options: SyncOptions, shell: Shell) -> None:
+    """Copy from a place that only the node sees to this host.
+
+    Raises:
+        StateError: It cannot be copied.
+    """
+    goal = _expanded(target)
+    _parent(goal).mkdir(parents=True, exist_ok=True)
+    with _remote_shell(shell) as words:
+        _rsync([*words, *options.arguments(), f"node:{_for_rsync(source)}", goal])
+
+
+def is_shared(path: str, shared: Path) -> bool:
+    """Tell whether other hosts see a path too.
+
+    Args:
+        path: The path, or the place where it would be.
+        shared: A directory that is known to be shared.
+    """
+    place = _existing(Path(_expanded(path)))
+    if place.stat().st_dev == _existing(shared).stat().st_dev:
+        return True
+    return _type_of(place) not in _LOCAL_TYPES
+
+
+def _type_of(place: Path) -> str:
+    """Return the type of the file system that a path is on (proc(5), mountinfo)."""
+    best, found = "", ""
+    real = str(place.resolve())
+    for mount, kind in _mounts():
+        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, found = mount, kind
+    return found
+
+
+def _mounts() -> Iterator[tuple[str, str]]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        yield before.split(" ")[4].replace("\\040", " "), after.split(" ")[0]
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+class _remote_shell:  # noqa: N801 used like a function
+    """A script that rsync can take for ssh."""
+
+    def __init__(self, shell: Shell) -> None:
+        mark = "RSYNC_COMMAND"
+        line = shlex.join(shell.plain(mark)).replace(mark, '"cd && $*"')
+        self._directory = tempfile.TemporaryDirectory(prefix="ray-slurm-")
+        self._script = Path(self._directory.name) / "rsh"
+        # rsync names the host first, which the shell knows already.
+        self._script.write_text(f"#!/bin/bash\nshift\nexec {line}\n")
+        self._script.chmod(0o700)
+
+    def __enter__(self) -> list[str]:
+        return ["--rsh", shlex.quote(str(self._script))]
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.cleanup()
+
+
+def _rsync(arguments: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(
+            # Secluded arguments: no shell on the way looks at the paths.
+            ["rsync", "--archive", "--no-owner", "--no-group", "--protect-args", *arguments],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except OSError as error:
+        raise StateError("rsync is not on PATH here; Ray's file sync needs it") from error
+    if done.returncode:
+        raise StateError(f"rsync ended with exit code {done.returncode}: {done.stderr.strip()}")
+    sys.stderr.write(done.stderr)
+
+
+def _matching(source: str) -> list[str]:
+    """Return the source, or what its wildcards match."""
+    origin = _expanded(source)
+    found = [origin] if Path(origin).exists() else sorted(glob.glob(origin))  # noqa: PTH207 the slash at the end stays
+    if not found:
+        raise StateError(f"{source} does not exist")
+    return found
+
+
+def _same(origin: str, goal: str) -> bool:
+    """Tell whether both are one file: on a shared file system what is to go up is often there already."""
+    one, other = Path(origin), Path(goal)
+    if one.is_file() and other.is_dir():
+        other = other / one.name
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _expanded(path: str) -> str:
+    """Expand ``~``; a slash at the end stays, for rsync it has a meaning."""
+    return os.path.expanduser(path)  # noqa: PTH111 pathlib would cut that slash
+
+
+def _parent(path: str) -> Path:
+    """Return the directory that must be there for a path to be written."""
+    return Path(path) if path.endswith("/") else Path(path).parent
+
+
+def _for_rsync(path: str) -> str:
+    """Return a path on the node: relative to the home directory for ``~/``."""
+    return path.removeprefix("~/") or "."
+
+
+def _for_shell(path: str) -> str:
+    return f"~/{shlex.quote(path.removeprefix('~/'))}" if path.startswith("~/") else shlex.quote(path)

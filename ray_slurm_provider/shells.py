@@ -1,0 +1,184 @@
+"""Ways to run a command on a node: in its allocation by srun, by ssh, or on this very host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import subprocess
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.slurm.process import clean_environment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# After Ctrl-C in a terminal the command has had the signal as well.
+_INTERRUPTED_S = 2.0
+_END_S = 5.0
+
+
+class Shell(Protocol):
+    """A way to one node."""
+
+    def plain(self, text: str) -> list[str]:
+        """Return the command line here that hands a text to a shell there."""
+
+    def command(self, text: str, *, terminal: bool) -> list[str]:
+        """Return the command line here that runs a text there with the cluster's environment.
+
+        Args:
+            text: Shell text.
+            terminal: Whether it shall have a terminal.
+        """
+
+    def interrupted(self) -> None:
+        """End what a command left behind there when its client here was interrupted."""
+
+
+@dataclass(frozen=True)
+class LocalShell:
+    """Runs commands on this host.
+
+    Attributes:
+        exports: File of the exports to begin with.
+    """
+
+    exports: Path
+
+    def plain(self, text: str) -> list[str]:
+        """See `Shell`."""
+        return ["bash", "-c", text]
+
+    def command(self, text: str, *, terminal: bool) -> list[str]:  # noqa: ARG002 it has the terminal that we have
+        """See `Shell`."""
+        return self.plain(_with_exports(self.exports, text))
+
+    def interrupted(self) -> None:
+        """Nothing is left: what ran here was our child."""
+
+
+@dataclass(frozen=True)
+class SrunShell:
+    """Runs commands in a node's allocation, as further steps of its job.
+
+    Attributes:
+        exports: File of the exports to begin with.
+        srun: Path of srun.
+        job_id: The job.
+    """
+
+    exports: Path
+    srun: str
+    job_id: str
+
+    def plain(self, text: str) -> list[str]:
+        """See `Shell`."""
+        # Otherwise bytes without a line's end stay in slurmstepd (measured, 22.05): rsync would wait for ever.
+        return [*self._step(), "--unbuffered", "bash", "-c", text]
+
+    def command(self, text: str, *, terminal: bool) -> list[str]:
+        """See `Shell`."""
+        option = "--pty" if terminal else "--unbuffered"
+        return [*self._step(), option, "bash", "-c", _with_exports(self.exports, text)]
+
+    def interrupted(self) -> None:
+        """Nothing is left: the step ends with srun."""
+
+    def _step(self) -> list[str]:
+        return [self.srun, f"--jobid={self.job_id}", "--overlap", "--nodes=1", "--ntasks=1", "--quit-on-interrupt"]
+
+
+@dataclass(frozen=True)
+class SshShell:
+    """Runs commands on a node's host by ssh.
+
+    Attributes:
+        exports: File of the exports to begin with.
+        arguments: The arguments of ssh, the host last.
+        temp_dir: Ray's directory on that host, for a note of what runs.
+    """
+
+    exports: Path
+    arguments: Sequence[str]
+    temp_dir: str
+    _token: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def plain(self, text: str) -> list[str]:
+        """See `Shell`."""
+        return ["ssh", *self.arguments, text]
+
+    def command(self, text: str, *, terminal: bool) -> list[str]:
+        """See `Shell`."""
+        note = f"ps -o pgid= -p $$ >{self._note()}; " if not terminal else ""
+        remote = f"bash -c {shlex.quote(note + _with_exports(self.exports, text))}"
+        return ["ssh", "-tt" if terminal else "-T", *self.arguments, remote]
+
+    def interrupted(self) -> None:
+        """End the command's process group: without a terminal sshd would let it run on."""
+        subprocess.run(
+            self.plain(f"kill -TERM -- -$(cat {self._note()})"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+
+    def _note(self) -> str:
+        return shlex.quote(f"{self.temp_dir}/exec-{self._token}")
+
+
+def ssh_arguments(host: str, auth: dict[str, str], further: Sequence[str]) -> list[str]:
+    """Return the arguments of ssh for a host.
+
+    Args:
+        host: The host.
+        auth: Ray's section ``auth``: ``ssh_user``, ``ssh_private_key``, ``ssh_proxy_command``.
+        further: ``provider.slurm.ssh_args``.
+    """
+    result = list(further)
+    if auth.get("ssh_private_key"):
+        result += ["-i", os.path.expanduser(auth["ssh_private_key"])]  # noqa: PTH111 ssh takes a text
+    if auth.get("ssh_proxy_command"):
+        result += ["-o", f"ProxyCommand={auth['ssh_proxy_command']}"]
+    if auth.get("ssh_user"):
+        result += ["-l", auth["ssh_user"]]
+    return [*result, host]
+
+
+def run(shell: Shell, text: str, *, with_output: bool = False, terminal: bool = False) -> tuple[int, str]:
+    """Run a command on a node, with our standard streams.
+
+    Returns:
+        Its exit code, and what it printed when that was asked for.
+
+    Raises:
+        StateError: The way to the node is not there.
+    """
+    argv = shell.command(text, terminal=terminal)
+    try:
+        child = subprocess.Popen(
+            argv, env=clean_environment(os.environ), stdout=subprocess.PIPE if with_output else None, text=True
+        )
+    except OSError as error:
+        raise StateError(f"{argv[0]}: {error.strerror}") from error
+    try:
+        output = child.communicate()[0]
+    except BaseException:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_INTERRUPTED_S)
+        if child.returncode is None:
+            here = procfs.find(child.pid)
+            procfs.end([*procfs.descendants(child.pid), *([here] if here else [])], _END_S)
+            shell.interrupted()
+        raise
+    # As a shell says it: 128 and the number of the signal.
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode, output or ""
+
+
+def _with_exports(exports: Path, text: str) -> str:
+    return f". {shlex.quote(str(exports))} && cd && {{ {text}\n}}"

@@ -1,0 +1,137 @@
+"""Certificates for Ray's TLS: one authority per cluster, and one certificate per host for all its addresses.
+
+Made by the ``openssl`` command, which every Linux has. Ray checks both ends of each connection
+(ray/_common/tls_utils.py; docs.ray.io, "TLS authentication"), so whoever connects needs one too.
+Imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.errors import StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_DAYS = "3650"
+_CONFIG = """\
+[req]
+distinguished_name = name
+x509_extensions = authority
+[name]
+[authority]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign, cRLSign
+[host]
+basicConstraints = CA:FALSE
+subjectAltName = {names}
+"""
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+def make_authority(directory: Path, cluster: str) -> None:
+    """Make the cluster's authority, unless it is there.
+
+    Args:
+        directory: Where; made with 0700.
+        cluster: The cluster's name.
+
+    Raises:
+        StateError: openssl is missing or failed.
+    """
+    if (directory / "ca.crt").exists():
+        return
+    directory.mkdir(mode=0o700, exist_ok=True)
+    with _workspace(directory, []) as work:
+        subject = ("-subj", f"/CN=ray-slurm cluster {cluster}")
+        _openssl(
+            work,
+            "req",
+            "-config",
+            "config",
+            "-x509",
+            *_NEW_KEY,
+            "-keyout",
+            "key",
+            "-out",
+            "crt",
+            "-days",
+            _DAYS,
+            *subject,
+        )
+        (work / "key").replace(directory / "ca.key")
+        (work / "crt").replace(directory / "ca.crt")
+
+
+def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) -> None:
+    """Make a key and a certificate for this host, ``<target>.key`` and ``<target>.crt``.
+
+    Args:
+        authority: Directory of the cluster's authority.
+        target: Path without ending.
+        addresses: The host's addresses.
+
+    Raises:
+        StateError: The authority or openssl is missing, or openssl failed.
+    """
+    with _workspace(target.parent, addresses) as work:
+        _openssl(
+            work,
+            "req",
+            "-config",
+            "config",
+            "-new",
+            *_NEW_KEY,
+            "-keyout",
+            "key",
+            "-out",
+            "csr",
+            "-subj",
+            "/CN=ray node",
+        )
+        signer = ["-CA", str(authority / "ca.crt"), "-CAkey", str(authority / "ca.key")]
+        signer += ["-CAcreateserial", "-CAserial", "serial"]
+        extensions = ["-extfile", "config", "-extensions", "host"]
+        _openssl(work, "x509", "-req", "-in", "csr", "-out", "crt", "-days", _DAYS, *signer, *extensions)
+        (work / "key").replace(target.with_name(target.name + ".key"))
+        (work / "crt").replace(target.with_name(target.name + ".crt"))
+
+
+def tls_environment(authority: Path, target: Path) -> dict[str, str]:
+    """Return the variables that make a process of Ray use a certificate."""
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_CA_CERT": str(authority / "ca.crt"),
+        "RAY_TLS_SERVER_CERT": f"{target}.crt",
+        "RAY_TLS_SERVER_KEY": f"{target}.key",
+    }
+
+
+class _workspace:  # noqa: N801 used like a function
+    """A directory for openssl's files, with its configuration; removed in the end."""
+
+    def __init__(self, parent: Path, addresses: Iterable[str]) -> None:
+        names = [f"DNS:{name}" for name in ("localhost", socket.gethostname())]
+        names += [f"IP:{address}" for address in dict.fromkeys(["127.0.0.1", "::1", *addresses])]
+        self._directory = tempfile.TemporaryDirectory(dir=parent, prefix=".openssl-")
+        (Path(self._directory.name) / "config").write_text(_CONFIG.format(names=", ".join(names)))
+
+    def __enter__(self) -> Path:
+        return Path(self._directory.name)
+
+    def __exit__(self, *_: object) -> None:
+        self._directory.cleanup()
+
+
+def _openssl(work: Path, *arguments: str) -> None:
+    try:
+        done = subprocess.run(["openssl", *arguments], cwd=work, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise StateError(f"openssl is not on PATH of {socket.gethostname()}; `tls: true` needs it") from error
+    if done.returncode:
+        raise StateError(f"openssl {arguments[0]} failed: {done.stderr.strip()}")

@@ -1,0 +1,76 @@
+"""Ports: different, free, within the range, and nobody else's."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ray_slurm_provider.agent import ports
+
+
+def test_ports_are_different_and_free():
+    found = ports.reserve(["a", "b", "c"]).ports
+    assert len(set(found.values())) == 3
+    for port in found.values():
+        with socket.socket() as probe:
+            probe.bind(("", port))
+
+
+@pytest.fixture
+def free_range():
+    """Four ports in a row that nobody has."""
+    for first in range(41000, 60000, 4):
+        if all(ports.is_free(port) for port in range(first, first + 4)):
+            return f"{first}-{first + 3}"
+    raise AssertionError("no ports")
+
+
+def test_a_port_is_given_away_once_until_it_is_released(free_range):
+    first = ports.reserve("ab", free_range)
+    second = ports.reserve("cd", free_range)
+    assert not set(first.ports.values()) & set(second.ports.values())
+    with pytest.raises(OSError, match=r"only 0 are free .* needs 1"):
+        ports.reserve("e", free_range)
+    first.release()
+    assert ports.reserve("e", free_range).ports
+
+
+def test_a_dead_process_gives_its_ports_back(free_range):
+    code = f"from ray_slurm_provider.agent.ports import reserve; r = reserve('abcd', {free_range!r}); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(OSError, match="only 0 are free"):
+        ports.reserve("e", free_range)
+    holder.kill()
+    holder.wait()
+    assert len(ports.reserve("abcd", free_range).ports) == 4
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.1.9", "::1"])
+def test_a_port_with_a_listener_on_any_address_is_not_free(address, free_range):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as server:
+        server.bind((address, int(free_range.split("-")[0])))
+        server.listen()
+        assert len(_all_of(free_range)) == 3
+
+
+def _all_of(within):
+    reservation = ports.Reservation()
+    for port in ports.port_range(within):
+        reservation.take(str(port), port)
+    return reservation.ports
+
+
+def test_too_many_for_the_range_is_an_error_that_counts(free_range):
+    with pytest.raises(OSError, match=r"only 4 are free .* needs 5"):
+        ports.reserve("abcde", free_range)
+
+
+@pytest.mark.parametrize("text", ["", "1", "20000", "20000-", "b-c", "2000-1000", "80-90", "20000-70000"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(ValueError, match="range"):
+        ports.port_range(text)
