@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import shlex
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from ray_slurm_provider import __version__
 from ray_slurm_provider.cluster_yaml import open_cluster
+from ray_slurm_provider.clusters import find_clusters
+from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.errors import SlurmProviderError
-from ray_slurm_provider.node_table import node_rows, print_nodes, watch_nodes
+from ray_slurm_provider.node_logs import find_log, print_log
+from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, tunnel_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,6 +67,57 @@ def nodes(config: Path, as_json: bool, watch: bool) -> None:
         click.echo(json.dumps([row.__dict__ for row in node_rows(cluster)], indent=1))
     else:
         print_nodes(cluster)
+
+
+@cli.command()
+@_yaml
+@click.argument("node", default="")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the node ends, or Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), help="Only the last lines.")
+def logs(config: Path, node: str, follow: bool, lines: int | None) -> None:
+    """Print the log of NODE: id, job, host or address; the head's when it is not given."""
+    cluster = open_cluster(config)
+    log = find_log(cluster, node)
+    click.echo(f"==> {log} <==", err=True)
+    with suppress(KeyboardInterrupt):
+        print_log(cluster, log, lines=lines, follow=follow)
+
+
+@cli.command("ssh-command")
+@_yaml
+@click.option("--login-host", default=socket.getfqdn, show_default="this host", help="The login node's name.")
+@click.option("--user", default=getpass.getuser, show_default="you", help="The user there.")
+def ssh_command(config: Path, login_host: str, user: str) -> None:
+    """Print the ssh line with which a laptop reaches dashboard and Ray Client through the login node."""
+    cluster = open_cluster(config)
+    report = cluster.ready_head_report()
+    protected = cluster.settings.token_auth
+    click.echo(tunnel_command(report, user, login_host, dashboard_on_loopback=not protected))
+    notes = [
+        "Run it on your laptop. Then, there:",
+        f"  dashboard   http://127.0.0.1:{DASHBOARD_PORT}",
+        f"  Ray Client  ray://127.0.0.1:{CLIENT_PORT}",
+        *([f"  token       ssh {user}@{login_host} cat {cluster.directory.token_file}"] if protected else []),
+    ]
+    click.echo("\n".join(notes), err=True)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    default=lambda: SlurmSettings().directory(),
+    show_default="~/.ray-slurm",
+    help="Where to look for clusters of which nothing runs.",
+)
+def clusters(as_json: bool, state_dir: Path) -> None:
+    """List all your clusters and how they stand."""
+    rows = find_clusters(SlurmClient(), state_dir)
+    if as_json:
+        click.echo(json.dumps([row.__dict__ for row in rows], indent=1))
+    else:
+        print_clusters(rows)
 
 
 def main() -> None:

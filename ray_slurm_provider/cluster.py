@@ -28,6 +28,7 @@ from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
+from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
 from ray_slurm_provider.reports import ENDED, READY
@@ -103,6 +104,13 @@ class Node:
     def label(self) -> str:
         """What it is, for a person."""
         return f"process {self.node_id}" if self.node_id.startswith(PREFIX) else f"job {self.node_id}"
+
+    @property
+    def names(self) -> set[str]:
+        """By what people may call it: its id, job, address, SLURM node and host."""
+        report = self.report
+        found = {self.node_id, job_id_of(self.node_id), self.address, self.seen.place, report.host if report else ""}
+        return found - {""}
 
     @property
     def address(self) -> str:
@@ -231,14 +239,23 @@ class Cluster:
         Raises:
             StateError: No head is up.
         """
-        report = self.directory.head_report()
-        if report is None or report.phase != READY:
-            raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
+        report = self.ready_head_report()
         return {
             "RAY_ADDRESS": report.client_address if client else report.gcs_address,
             **access_environment(self.directory.root, token_auth=self.settings.token_auth),
             **self._tls_access(),
         }
+
+    def ready_head_report(self) -> NodeReport:
+        """Return what the head says of itself.
+
+        Raises:
+            StateError: No head is up.
+        """
+        report = self.directory.head_report()
+        if report is None or report.phase != READY:
+            raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
+        return report
 
     def _tls_access(self) -> dict[str, str]:
         """Return the variables with which this host takes part in the cluster's TLS."""

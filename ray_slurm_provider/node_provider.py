@@ -96,10 +96,7 @@ class SlurmNodeProvider(NodeProvider):
     def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:  # noqa: ARG002 Ray's signature
         """Return the node with an address, a node id, a job id or a host name."""
         for node_id, node in self._cluster.nodes().items():
-            names = {node_id, node_id.rpartition("-")[0], node.address, node.seen.place}
-            if node.report is not None:
-                names.add(node.report.host)
-            if ip_address in names:
+            if ip_address in node.names:
                 return node_id
         raise click.ClickException(f"no node of cluster {self.cluster_name} has the address {ip_address}")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_slurm_provider.cluster import Cluster, Node
+    from ray_slurm_provider.clusters import ClusterRow
 
 _WATCH_S = 2.0
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -119,6 +120,17 @@ def _table(rows: Sequence[NodeRow]) -> Table:
     if not rows:
         table.add_row("no nodes", *[""] * len(columns))
     return table
+
+
+def print_clusters(rows: Sequence[ClusterRow]) -> None:
+    """Print the table of this user's clusters."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "state", "head", "workers", "queued", "address"):
+        table.add_column(column.upper(), no_wrap=True)
+    table.add_column("DIRECTORY", overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.state, row.head, str(row.running), str(row.queued), row.address, row.directory)
+    _console().print(table if rows else "no clusters")
 
 
 def _console() -> Console:

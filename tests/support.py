@@ -17,6 +17,7 @@ import yaml
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.guard import GUARD_NAME
+from ray_slurm_provider.config import read_settings
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
@@ -65,11 +66,13 @@ print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], ti
 
 @dataclass(eq=False)
 class UserCluster:
-    """A cluster YAML and what a user does with it."""
+    """A cluster YAML and what a user does with it; another user when one is named, with an interpreter of theirs."""
 
     directory: Path
     environ: dict[str, str]
     config: dict[str, Any]
+    python: str = sys.executable
+    user: str | None = None
     children: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -80,20 +83,36 @@ class UserCluster:
     def root(self):
         return Path(self.config["provider"]["slurm"]["state_dir"]) / self.config["cluster_name"]
 
+    @property
+    def settings(self):
+        return read_settings(self.config["provider"]["slurm"])
+
     def write(self):
         self.yaml.write_text(yaml.safe_dump(self.config))
         return self.yaml
 
+    def run(self, *words, timeout=180, **parts):
+        """Run the user's interpreter."""
+        return subprocess.run(
+            [self.python, *map(str, words)],
+            **{
+                "env": self.environ,
+                "text": True,
+                "capture_output": True,
+                "timeout": timeout,
+                "stdin": subprocess.DEVNULL,
+                "cwd": "/",
+                **self._as_user(),
+                **parts,
+            },
+        )
+
+    def _as_user(self):
+        return {} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}
+
     def ray(self, *words, check=True, timeout=180):
         self.write()
-        done = subprocess.run(
-            [*RAY, *map(str, words)],
-            env=self.environ,
-            text=True,
-            capture_output=True,
-            timeout=timeout,
-            stdin=subprocess.DEVNULL,
-        )
+        done = self.run(*RAY[1:], *words, timeout=timeout)
         if check and done.returncode:
             raise AssertionError(f"ray {words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
@@ -102,7 +121,8 @@ class UserCluster:
         """Start `ray` and leave it running."""
         self.write()
         child = subprocess.Popen(
-            [*RAY, *map(str, words)],
+            [self.python, *RAY[1:], *map(str, words)],
+            **self._as_user(),
             env=self.environ,
             text=True,
             stdout=subprocess.PIPE,
@@ -125,9 +145,7 @@ class UserCluster:
         return json.loads(line.partition("RESULT ")[2])
 
     def ray_slurm(self, *words, check=True):
-        done = subprocess.run(
-            [*RAY_SLURM, *map(str, words)], env=self.environ, text=True, capture_output=True, timeout=60
-        )
+        done = self.run(*RAY_SLURM[1:], *words, timeout=60)
         if check and done.returncode:
             raise AssertionError(f"ray-slurm {words}: {done.stdout}{done.stderr}")
         return done
@@ -190,11 +208,35 @@ class UserCluster:
                 child.kill()
             child.wait()
             child.stdout.close()
-        self.client.cancel([job.job_id for job in self.jobs()])
+        if self.user is None:
+            self.client.cancel([job.job_id for job in self.jobs()])
+        else:
+            subprocess.run(["scancel", "--user", self.user], env=self.environ, check=True)
         login_head = [p for p in self.processes() if p.name == GUARD_NAME and b"SLURM_JOB_ID=" not in p.read("environ")]
         procfs.send(login_head, signal.SIGTERM)
         procfs.wait_until(lambda: not self.processes(), 15)
         procfs.end(self.processes(), 5)
+
+
+def listening_ports(cluster):
+    """The TCP ports on which processes of a cluster listen, with the process's name (proc(5), net/tcp)."""
+    inodes = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                inodes[fields[9]] = int(fields[1].rpartition(":")[2], 16)
+    found = {}
+    for process in cluster.processes():
+        try:
+            links = [os.readlink(handle) for handle in Path(f"/proc/{process.pid}/fd").iterdir()]
+        except OSError:
+            continue
+        for link in links:
+            inode = link.removeprefix("socket:[").removesuffix("]")
+            if inode in inodes:
+                found[inodes[inode]] = process.name
+    return found
 
 
 def user_environment(sandbox_environment, home):

@@ -1,8 +1,9 @@
 """Ray's temporary directory: short, private, and removed at the end.
 
-Since Ray 2.55 every node has one of its own. Before, all nodes of a cluster use the head's path, each on its
-own host; nodes that share a host share the directory, and the last one removes it. So each directory holds
-a note of every node that uses it.
+Ray opens its directory to everybody (ray/_private/utils.py, try_to_create_directory), so it lies in one of
+ours, which stays closed. Since Ray 2.55 every node has one of its own. Before, all nodes of a cluster use the
+head's path, each on its own host; nodes that share a host share the directory, and the last one removes it. So
+beside each directory there is a note of every node that uses it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "rsp-"
 _NOTES = "users"
+_RAYS = "r"
 # Unix sockets hold 107 bytes (unix(7)), and Ray puts below its temp dir:
 # /session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12
 MAX_LENGTH = 107 - len("/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12")
@@ -32,7 +35,7 @@ DEFAULT_BASE = "/tmp"  # noqa: S108 each directory below it is made private, wit
 
 
 def make_temp_dir(base: str, node_id: str) -> Path:
-    """Make a directory for this node, 0700.
+    """Make a directory for this node's Ray, in one that only this user may enter.
 
     Args:
         base: Where; variables like ``$SLURM_TMPDIR`` are expanded.
@@ -43,11 +46,11 @@ def make_temp_dir(base: str, node_id: str) -> Path:
         ValueError: The path would be too long for Ray's sockets.
     """
     parent = _expanded(base)
-    excess = len(f"{parent}/{_PREFIX}12345678".encode()) - MAX_LENGTH
+    excess = len(f"{parent}/{_PREFIX}12345678/{_RAYS}".encode()) - MAX_LENGTH
     if excess > 0:
         raise ValueError(f"temp_dir {parent!r} is {excess} bytes too long: Unix sockets below it would pass 107 bytes")
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    _write_note(path, node_id)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)) / _RAYS
+    join_temp_dir(path, node_id)
     return path
 
 
@@ -57,17 +60,19 @@ def join_temp_dir(path: Path, node_id: str) -> None:
     Raises:
         OSError: It cannot be used, or belongs to somebody else.
     """
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    found = path.parent.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(f"{path.parent} is not ours alone")
     path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to another user")
-    _write_note(path, node_id)
+    _write_note(path.parent, node_id)
 
 
 def leave_temp_dir(path: Path, node_id: str) -> None:
     """Stop using a directory, and remove it when no other node on this host uses it."""
-    (path / _NOTES / f"{node_id}.json").unlink(missing_ok=True)
-    if not any(map(_lives, _notes(path))):
-        shutil.rmtree(path, ignore_errors=True)
+    (path.parent / _NOTES / f"{node_id}.json").unlink(missing_ok=True)
+    if not any(map(_lives, _notes(path.parent))):
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def sweep_temp_dirs(base: str) -> list[Path]:

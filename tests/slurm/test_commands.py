@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -16,27 +18,61 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from support import RAY, tasks_script, wait_for
+from support import RAY, RAY_SLURM, tasks_script, wait_for
 
 from ray_slurm_provider.agent.ports import reserve
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 
-HEADS = {
-    "slurm": {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}},
-    "login_node": {"node_config": {"placement": "login_node"}},
-}
+IN_SLURM = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}}
+ON_LOGIN_NODE = {"node_config": {"placement": "login_node"}}
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module")
+def ssh_args(tmp_path_factory):
+    """An sshd on loopback, and the arguments that lead to it."""
+    home = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / name], check=True)
+    port = reserve(["sshd"]).ports["sshd"]
+    (home / "config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile {home}/user.pub\n"
+        "StrictModes no\nUsePAM no\nPermitRootLogin yes\nPidFile none\n"
+    )
+    if os.getuid() == 0:
+        os.makedirs("/run/sshd", exist_ok=True)
+    log = (home / "log").open("w")
+    path = shutil.which("sshd", path=os.environ["PATH"] + ":/usr/sbin")
+    server = subprocess.Popen([path, "-D", "-e", "-f", home / "config"], stderr=log, stdin=subprocess.DEVNULL)
+    wait_for(lambda: "listening" in (home / "log").read_text(), 20, "sshd")
+    options = {
+        "HostName": "127.0.0.1",
+        "Port": port,
+        "IdentityFile": home / "user",
+        "UserKnownHostsFile": home / "known",
+        "StrictHostKeyChecking": "accept-new",
+        "LogLevel": "ERROR",
+    }
+    yield ["-F", "/dev/null", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+    server.terminate()
+    server.wait()
+    log.close()
+
+
+@pytest.fixture(scope="module", params=["slurm", "login_node", "ssh"])
 def cluster(request, module_cluster):
+    slurm = {}
+    if request.param == "ssh":
+        slurm = {"command_runner": "ssh", "ssh_args": request.getfixturevalue("ssh_args")}
+    head = ON_LOGIN_NODE if request.param == "login_node" else IN_SLURM
     # A worker that cannot start for an hour (the autoscaler counts on what it has: nothing), and two that can.
     waiting = {"sbatch": {"mem": "1G", "begin": "now+1hour"}}
     queued = {"resources": {"CPU": 0}, "min_workers": 1, "max_workers": 1, "node_config": waiting}
     worker = {"max_workers": 2, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}
-    name = f"commands-{request.param}"
-    cluster = module_cluster(name, head=HEADS[request.param], types={"queued": queued, "worker": worker})
+    cluster = module_cluster(
+        f"commands-{request.param}", head=head, slurm=slurm, types={"queued": queued, "worker": worker}
+    )
     cluster.up()
     return cluster
 
@@ -63,7 +99,9 @@ def test_exec_passes_output_input_and_exit_code_on(cluster):
         input="hello\n",
     )
     assert done.returncode == 3
-    place = "login" if _on_login_node(cluster) else cluster.head_job().nodes
+    # By srun one is in the job; a login node and ssh know nothing of it.
+    in_job = not _on_login_node(cluster) and cluster.settings.command_runner == "srun"
+    place = cluster.head_job().nodes if in_job else "login"
     assert f"got hello at {place}, it's ok" in done.stdout
     assert "oops" in done.stderr
     assert "Traceback" not in done.stderr
@@ -328,6 +366,44 @@ def test_workers_go_and_the_minimum_stays_when_asked(cluster, tmp_path):
     assert "1 workers stay" in done.stdout
     assert [job.job_id for job in cluster.workers()] == [kept.job_id]
     assert cluster.head()["ray"] == "up"
+
+
+def test_logs_are_printed_by_any_name_and_followed(cluster):
+    head = cluster.head()
+    assert "Ray is up" in cluster.ray_slurm("logs", cluster.yaml).stdout
+    for name in (head["id"], head["id"][:-2], head["address"]):
+        assert cluster.ray_slurm("logs", cluster.yaml, name, "-n", "1").stdout.count("\n") <= 2
+    done = cluster.ray_slurm("logs", cluster.yaml, "nobody", check=False)
+    assert done.returncode == 1
+    assert head["id"] in done.stderr
+    words = [*RAY_SLURM, "logs", str(cluster.yaml), "-f"]
+    with subprocess.Popen(
+        words, env=cluster.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        wait_for(lambda: "Ray is up" in child.stdout.readline(), 30, "the log", poll_s=0)
+        assert child.poll() is None
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 0
+
+
+def test_the_tunnel_line_names_the_ports_of_this_cluster(cluster):
+    done = cluster.ray_slurm("ssh-command", cluster.yaml, "--login-host", "login.example", "--user", "me")
+    words = shlex.split(done.stdout)
+    report = json.loads((cluster.root / "head.json").read_text())
+    assert words[:2] == ["ssh", "-N"]
+    assert words[-1] == "me@login.example"
+    assert f"8265:{report['address']}:{report['ports']['dashboard']}" in words
+    assert f"10001:{report['address']}:{report['ports']['client']}" in words
+    assert (cluster.root / "auth_token").read_text() not in done.stdout + done.stderr
+
+
+def test_all_clusters_are_listed_wherever_their_directory_is(cluster):
+    rows = json.loads(cluster.ray_slurm("clusters", "--json").stdout)
+    (row,) = [row for row in rows if row["name"] == cluster.config["cluster_name"]]
+    assert (row["state"], row["directory"]) == ("up", str(cluster.root))
+    assert row["address"] == cluster.access()["RAY_ADDRESS"]
+    assert row["queued"] >= 1
+    assert cluster.config["cluster_name"] in cluster.ray_slurm("clusters").stdout
 
 
 def test_stop_ends_the_cluster_after_the_command_and_passes_its_exit_code_on(cluster):

@@ -81,11 +81,11 @@ def test_a_temp_dir_is_private_and_short_and_goes_with_its_node(base, tmp_path):
 
 def test_a_temp_dir_may_name_variables(base, monkeypatch):
     monkeypatch.setenv("WHERE", str(base))
-    assert temp_dirs.make_temp_dir("$WHERE", "1-a").parent == base
+    assert temp_dirs.make_temp_dir("$WHERE", "1-a").parents[1] == base
 
 
 def test_a_shared_temp_dir_goes_with_its_last_node_and_lets_one_start_at_a_time(base):
-    shared = base / "rsp-shared"
+    shared = base / "rsp-shared" / "r"
     temp_dirs.join_temp_dir(shared, "2-b")
     temp_dirs.join_temp_dir(shared, "3-c")
     first, second = temp_dirs.StartLock(shared), temp_dirs.StartLock(shared)
@@ -97,11 +97,21 @@ def test_a_shared_temp_dir_goes_with_its_last_node_and_lets_one_start_at_a_time(
     temp_dirs.leave_temp_dir(shared, "2-b")
     assert shared.exists()
     temp_dirs.leave_temp_dir(shared, "3-c")
-    assert not shared.exists()
+    assert not shared.parent.exists()
+
+
+def test_a_shared_temp_dir_that_others_can_enter_is_not_used(base):
+    (base / "rsp-open").mkdir(mode=0o755)
+    (base / "rsp-link").symlink_to(tempfile.mkdtemp(dir=base))
+    for name in ("rsp-open", "rsp-link"):
+        with pytest.raises(PermissionError, match="not ours alone"):
+            temp_dirs.join_temp_dir(base / name / "r", "2-b")
 
 
 def test_only_what_a_killed_job_left_is_swept(base):
-    living, dead, old, elsewhere = (temp_dirs.make_temp_dir(str(base), name) for name in ("1-l", "2-d", "4-o", "3-e"))
+    living, dead, old, elsewhere = (
+        temp_dirs.make_temp_dir(str(base), name).parent for name in ("1-l", "2-d", "4-o", "3-e")
+    )
     (base / "rsp-strange").mkdir()
     note = json.loads((living / "users" / "1-l.json").read_text())
     write_json(dead / "users" / "2-d.json", {**note, "start": "1"})

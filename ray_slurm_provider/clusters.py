@@ -1,0 +1,127 @@
+"""All clusters of this user: those in SLURM, those on this host, and those whose directory is left."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.backends.login_process import LoginProcess
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, read_certificate
+from ray_slurm_provider.cluster_dir import ClusterDir
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.reports import READY
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ray_slurm_provider.slurm.client import SlurmClient
+    from ray_slurm_provider.slurm.types import Job
+
+
+@dataclass(frozen=True)
+class ClusterRow:
+    """One cluster, as a person wants to see it.
+
+    Attributes:
+        name: Its name.
+        state: ``up``, ``starting``, ``queued``, ``down``; ``no head`` when only workers are left, ``unknown``
+            when nobody can tell from here.
+        head: Node id of the head; "" when there is none.
+        running: How many workers run.
+        queued: How many workers wait.
+        address: Where the head answers; "" when it does not.
+        directory: The cluster's directory; "" when it is not known.
+    """
+
+    name: str
+    state: str
+    head: str
+    running: int
+    queued: int
+    address: str
+    directory: str
+
+
+@dataclass
+class _Found:
+    jobs: list[Job] = field(default_factory=list)
+    directory: ClusterDir | None = None
+
+
+def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
+    """Return every cluster of this user.
+
+    Args:
+        client: The way to SLURM.
+        state_dir: Where to look for directories of clusters of which nothing runs.
+
+    Raises:
+        SlurmError: SLURM does not answer; nothing is known then.
+    """
+    found: dict[tuple[str, str], _Found] = defaultdict(_Found)
+    for job in client.jobs():
+        certificate = read_certificate(job.comment)
+        if certificate is not None and job.alive:
+            found[certificate.cluster, certificate.home].jobs.append(job)
+    for root in {*_directories_of_processes(), *_directories_in(state_dir)}:
+        directory = ClusterDir(root.parent, root.name)
+        found[root.name, directory.fingerprint].directory = directory
+    for (name, _), entry in found.items():
+        if entry.directory is None:
+            entry.directory = _directory_of(client, entry.jobs[0], name)
+    return [_row(name, found[name, home]) for name, home in sorted(found)]
+
+
+def _directories_in(state_dir: Path) -> Iterator[Path]:
+    if state_dir.is_dir():
+        yield from (path for path in state_dir.iterdir() if (path / "logs").is_dir() and (path / "nodes").is_dir())
+
+
+def _directories_of_processes() -> Iterator[Path]:
+    """Directories of heads that run on this host outside SLURM."""
+    for process in procfs.processes():
+        variables = dict(
+            pair.split(b"=", 1) for pair in process.read("environ").split(b"\0") if pair.startswith(b"RAY_SLURM_")
+        )
+        if CERTIFICATE_VARIABLE.encode() in variables and b"RAY_SLURM_DIR" in variables:
+            yield Path(os.fsdecode(variables[b"RAY_SLURM_DIR"]))
+
+
+def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None:
+    """Return the directory that a job writes its log into."""
+    log = Path(client.job_facts(job.job_id).get("StdOut", ""))
+    root = log.parent.parent
+    return ClusterDir(root.parent, name) if root.name == name else None
+
+
+def _row(name: str, entry: _Found) -> ClusterRow:
+    directory = entry.directory
+    jobs = [(certificate, job) for job in entry.jobs if (certificate := read_certificate(job.comment)) is not None]
+    heads = [(certificate.node_id(job.job_id), job.queued) for certificate, job in jobs if not certificate.head]
+    workers = [job for certificate, job in jobs if certificate.head]
+    unknown = False
+    try:
+        login = LoginProcess(directory, name).sightings() if directory is not None else []
+        heads += [(seen.node_id, seen.queued) for seen in login if seen.alive]
+    except StateError:
+        unknown = True
+    head, queued = heads[0] if heads else ("", False)
+    report = directory.head_report() if directory is not None else None
+    ready = report is not None and report.node_id == head and report.phase == READY
+    if head:
+        state = "up" if ready else "queued" if queued else "starting"
+    else:
+        state = "unknown" if unknown else "no head" if workers else "down"
+    return ClusterRow(
+        name=name,
+        state=state,
+        head=head,
+        running=sum(not job.queued for job in workers),
+        queued=sum(job.queued for job in workers),
+        address=report.gcs_address if report is not None and ready else "",
+        directory=str(directory.root) if directory is not None else "",
+    )

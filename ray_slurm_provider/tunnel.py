@@ -1,0 +1,40 @@
+"""The ssh command with which a laptop reaches a cluster through the login node. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.reports import bracketed
+
+if TYPE_CHECKING:
+    from ray_slurm_provider.reports import NodeReport
+
+DASHBOARD_PORT, CLIENT_PORT = 8265, 10001
+
+
+def tunnel_command(report: NodeReport, user: str, login_host: str, *, dashboard_on_loopback: bool) -> str:
+    """Return a line for a shell on a laptop.
+
+    Args:
+        report: The head's report.
+        user: The user's name on the login node.
+        login_host: The login node's name, as the laptop knows it.
+        dashboard_on_loopback: Whether only the head's own host sees the dashboard, as without a token.
+    """
+    target = f"{user}@{login_host}"
+    jump: list[str] = []
+    dashboard = report.address
+    if dashboard_on_loopback:
+        dashboard = "127.0.0.1"
+        if report.slurm_node:
+            jump, target = ["-J", target], f"{user}@{report.host}"
+    forwards = [
+        word
+        for local, host, remote in (
+            (DASHBOARD_PORT, dashboard, report.ports["dashboard"]),
+            (CLIENT_PORT, report.address, report.ports["client"]),
+        )
+        for word in ("-L", f"{local}:{bracketed(host)}:{remote}")
+    ]
+    return shlex.join(["ssh", "-N", *jump, *forwards, target])

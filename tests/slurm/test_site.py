@@ -1,0 +1,151 @@
+"""What a site may ask for: port ranges, encryption, places for temporary files, IPv6, the old autoscaler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import RAY, RAY_SLURM, listening_ports, tasks_script, wait_for
+
+from ray_slurm_provider.agent import ports
+
+pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
+
+
+def _free_range(length):
+    """A range of ports that nobody has, of the size of a careful admin."""
+    for first in range(41000, 60000, length):
+        if all(ports.is_free(port) for port in range(first, first + length)):
+            return f"{first}-{first + length - 1}"
+    raise AssertionError("no ports")
+
+
+WORKER = {
+    "worker": {"max_workers": 2, "idle_timeout_s": 5, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}
+}
+
+
+@pytest.mark.parametrize("placement", ["slurm", "login_node"])
+def test_a_firewalled_encrypted_cluster_with_its_own_place_for_files(make_cluster, tmp_path, placement):
+    services, workers = _free_range(30), _free_range(24)
+    scratch = Path(f"/tmp/rsc-{os.getpid()}")
+    scratch.mkdir(mode=0o700)
+    head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}}
+    if placement == "login_node":
+        head = {"node_config": {"placement": "login_node"}}
+    head["node_config"]["env"] = {"MY_SCRATCH": str(scratch)}
+    worker = {
+        **WORKER["worker"],
+        "node_config": {**WORKER["worker"]["node_config"], "env": {"MY_SCRATCH": str(scratch)}},
+    }
+    slurm = {
+        "ports": {"services": services, "workers": workers},
+        "tls": True,
+        "temp_dir": "$MY_SCRATCH",
+    }
+    cluster = make_cluster("site", head=head, types={"worker": worker}, slurm=slurm)
+    try:
+        cluster.up()
+        report = json.loads((cluster.root / "head.json").read_text())
+        assert report["temp_dir"].startswith(str(scratch))
+        seen = cluster.run_on_head(tasks_script(tmp_path, 2))
+        assert len({task["job"] for task in seen}) == 2
+
+        found = listening_ports(cluster)
+        allowed = {*ports.port_range(services), *ports.port_range(workers)}
+        assert len(found) > 15
+        assert set(found) <= allowed, {port: name for port, name in found.items() if port not in allowed}
+
+        environ = {**cluster.environ, **cluster.access()}
+        status = [*RAY, "status"]
+        assert "Node status" in subprocess.run(status, env=environ, text=True, capture_output=True, timeout=60).stdout
+        plain = {name: value for name, value in environ.items() if not name.startswith(("RAY_USE_TLS", "RAY_TLS"))}
+        try:
+            done = subprocess.run(status, env=plain, text=True, capture_output=True, timeout=60)
+            assert done.returncode
+            assert "Node status" not in done.stdout
+        except subprocess.TimeoutExpired:
+            pass
+        program = "import ray; ray.init(); print('NODES', len(ray.nodes()))"
+        done = subprocess.run([RAY[0], "-c", program], env=environ, text=True, capture_output=True, timeout=90)
+        assert "NODES" in done.stdout, done.stderr
+        for path in (cluster.root / "tls").iterdir():
+            assert path.name.endswith(".crt") or path.stat().st_mode & 0o077 == 0
+        cluster.down()
+        assert list(scratch.iterdir()) == []
+    finally:
+        cluster.destroy()
+        subprocess.run(["rm", "-rf", scratch], check=True)
+
+
+def test_a_range_with_too_few_free_ports_says_how_many_are_needed(make_cluster):
+    within = _free_range(11)
+    taken = ports.reserve("abc", within)
+    cluster = make_cluster("narrow", slurm={"ports": {"services": within}})
+    done = cluster.ray("up", cluster.yaml, "--no-config-cache", "-y", check=False)
+    taken.release()
+    assert done.returncode == 1
+    assert re.search(r"only 8 are free .* needs 11", done.stdout + done.stderr)
+
+
+def test_autoscaler_v1_grows_and_shrinks_also_when_nodes_share_a_host(make_cluster, tmp_path):
+    cluster = make_cluster("old", types=WORKER, idle_timeout_minutes=0.1)
+    cluster.environ["RAY_UP_enable_autoscaler_v2"] = "0"
+    cluster.up()
+    assert "cloud instance" not in cluster.head_monitor_log().read_text()
+    seen = cluster.run_on_head(tasks_script(tmp_path, 2))
+    jobs = {task["job"] for task in seen}
+    assert len(jobs) == 2
+    assert {job.job_id for job in cluster.workers()} == jobs
+    status = cluster.ray("exec", cluster.yaml, "--no-config-cache", "ray status").stdout
+    assert len(re.findall(r"^ 1 worker|^ 2 worker", status, re.MULTILINE)) == 1
+    wait_for(lambda: [job.name for job in cluster.jobs()] == ["ray-old-head"], 90, "only the head left")
+    # And it grows again: what has gone is forgotten.
+    assert len(cluster.run_on_head(tasks_script(tmp_path, 1))) == 1
+    cluster.down()
+    assert cluster.jobs() == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="makes a network of its own, which only root may")
+def test_a_host_with_nothing_but_ipv6(tmp_path):
+    """SLURM is on loopback here; the interface of the YAML has an IPv6 address and nothing else."""
+    state = f"/tmp/rsv-{os.getpid()}"
+    config = tmp_path / "six.yaml"
+    head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}}
+    settings = {"state_dir": str(tmp_path / "state"), "update_interval_s": 1, "interface": "rs0"}
+    from support import cluster_config
+
+    config.write_text(json.dumps(cluster_config("six", tmp_path / "state", head=head, types=WORKER, slurm=settings)))
+    script = tasks_script(tmp_path, 2)
+    ray, ray_slurm = shlex.join(RAY), shlex.join(RAY_SLURM)
+    (tmp_path / "home" / "tmp").mkdir(parents=True)
+    steps = f"""
+set -e
+ip link set lo up
+ip link add rs0 type veth peer name rs1
+ip link set rs1 up
+ip link set rs0 up
+ip -6 addr add fd00:77::1/64 dev rs0 nodad
+export HOME={tmp_path}/home TMPDIR={tmp_path}/home/tmp RAY_USAGE_STATS_ENABLED=0 RAY_UP_enable_autoscaler_v2=1
+trap '{ray} down -y {config} || true; {ray_slurm} sandbox down --state-dir {state}' EXIT
+{ray_slurm} sandbox up --state-dir {state} --nodes 2
+eval "$({ray_slurm} sandbox env --state-dir {state})"
+{ray} up {config} --no-config-cache -y
+{ray} get-head-ip {config}
+{ray} exec {config} --no-config-cache 'python {script}'
+"""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    done = subprocess.run(
+        ["unshare", "--net", "bash", "-c", steps], env=environ, text=True, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fd00:77::1" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
+    assert len({task["job"] for task in json.loads(line.partition("RESULT ")[2])}) == 2

@@ -1,0 +1,241 @@
+"""Two users with a cluster each, on the same hosts."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+from support import UserCluster, cluster_config, listening_ports, tasks_script, user_environment, wait_for
+
+import ray_slurm_provider
+from ray_slurm_provider import procfs
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.cluster,
+    pytest.mark.skipif(os.getuid() != 0, reason="makes users, which only root may"),
+]
+
+NAMES = ("rsp-alice", "rsp-bob")
+HTTP_PATHS = ("/", "/metrics", "/api/version", "/api/jobs/", "/api/v0/nodes", "/nodes?view=summary", "/logs", "/events")
+
+
+@pytest.fixture(scope="module")
+def place():
+    """A directory that every user may enter."""
+    path = Path(tempfile.mkdtemp(prefix="rsu-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def users(place):
+    made = []
+    for name in NAMES:
+        subprocess.run(
+            ["useradd", "--create-home", "--home-dir", place / name, "--shell", "/bin/bash", name], check=True
+        )
+        (place / name).chmod(0o700)
+        made.append(name)
+    yield made
+    for name in made:
+        subprocess.run(["userdel", "--force", name], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def python(place, users):
+    """An interpreter that other users can read, with Ray and this package in it."""
+    venv = place / "venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", venv], check=True)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    shutil.copytree(Path(ray_slurm_provider.__file__).parent, packages / "ray_slurm_provider")
+    ours = Path(ray.__file__).parents[1]
+    (packages / "shared.pth").write_text(f"{ours}\n")
+    works = subprocess.run(
+        [venv / "bin" / "python", "-c", "import ray, pydantic"], user=users[0], cwd="/", capture_output=True
+    )
+    if works.returncode:
+        # This interpreter is of another version, or what it uses cannot be read by others.
+        (packages / "shared.pth").unlink()
+        wanted = [f"ray[default]=={ray.__version__}", "click", "filelock", "pydantic", "pyyaml", "rich"]
+        pip = [sys.executable, "-m", "pip", "--python", venv, "install", "--quiet"]
+        subprocess.run([*pip, *wanted], check=True)
+    return str(venv / "bin" / "python")
+
+
+@pytest.fixture(scope="module")
+def clusters(place, users, python, sandbox_environment):
+    """Alice's head is a job, Bob's is on the login node; both began at the same moment."""
+    made = []
+    for user, head in zip(users, (None, {"node_config": {"placement": "login_node"}}), strict=True):
+        home = place / user
+        environ = {
+            **user_environment(sandbox_environment, home),
+            "PATH": f"{Path(python).parent}:/usr/bin:/bin",
+            "USER": user,
+            "TMPDIR": str(home),
+        }
+        directory = place / f"{user}-yaml"
+        directory.mkdir()
+        worker = {"worker": {"max_workers": 2, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}}
+        # One name for both.
+        config = cluster_config("same", home / "state", head=head, types=worker)
+        made.append(UserCluster(directory, environ, config, python, user))
+    try:
+        started = [cluster.start("up", cluster.yaml, "--no-config-cache", "-y") for cluster in made]
+        for child in started:
+            output = child.communicate(timeout=120)[0]
+            assert child.returncode == 0, output
+        yield made
+    finally:
+        for cluster in made:
+            cluster.destroy()
+
+
+def _driver(cluster, environ, timeout=60):
+    program = "import ray; ray.init(log_to_driver=False); print('NODES', len(ray.nodes()))"
+    return cluster.run("-c", program, env={**cluster.environ, **environ}, timeout=timeout)
+
+
+def _access(cluster):
+    return dict(re.findall(r"export (\w+)=(.*)", cluster.ray_slurm("env", cluster.yaml).stdout))
+
+
+def test_both_work_at_the_same_time(clusters, place):
+    shared = place / "tasks"
+    shared.mkdir(mode=0o777)
+    shared.chmod(0o777)
+    children = []
+    for cluster in clusters:
+        script = tasks_script(shared, 2)
+        for path in (script, script.with_suffix("")):
+            shutil.chown(path, cluster.user)
+        children.append(cluster.start("exec", cluster.yaml, "--no-config-cache", f"python {script}"))
+    jobs = []
+    for child in children:
+        output = child.communicate(timeout=180)[0]
+        line = next((line for line in output.splitlines() if "RESULT " in line), None)
+        assert line, output
+        jobs.append({task["job"] for task in json.loads(line.partition("RESULT ")[2])})
+    assert [len(own) for own in jobs] == [2, 2]
+    assert not jobs[0] & jobs[1]
+
+
+def test_nobody_reads_or_writes_the_others_files(clusters):
+    alice, bob = clusters
+    for one, other in ((alice, bob), (bob, alice)):
+        temp_dir = json.loads((other.root / "head.json").read_text())["temp_dir"]
+        for path in (other.root, other.root / "auth_token", temp_dir, f"{temp_dir}/session_latest"):
+            done = one.run(
+                "-c",
+                f"import os; print(os.listdir({str(path)!r}) if os.path.isdir({str(path)!r}) else open({str(path)!r}).read())",
+            )
+            assert done.returncode, path
+            assert re.search(r"PermissionError|FileNotFoundError", done.stderr), path
+
+
+def test_nobody_uses_the_others_cluster(clusters):
+    alice, bob = clusters
+    attempts = []
+    with ThreadPoolExecutor() as pool:  # Ray tries for a while before it gives up.
+        for one, other in ((alice, bob), (bob, alice)):
+            own, address = _access(one), {"RAY_ADDRESS": _access(other)["RAY_ADDRESS"]}
+            assert "NODES" in _driver(one, own).stdout
+            for environ in ({**own, **address}, {"RAY_AUTH_MODE": "disabled", **address}):
+                attempts.append(pool.submit(_driver, one, environ, timeout=120))
+            status = ("-m", "ray.scripts.scripts", "status")
+            attempts.append(pool.submit(one.run, *status, env={**one.environ, **own, **address}, timeout=120))
+    for attempt in attempts:
+        done = attempt.result()
+        assert done.returncode
+        assert not re.search("NODES|Node status", done.stdout)
+
+
+def test_nobody_joins_the_others_cluster(clusters):
+    alice, bob = clusters
+    address = _access(bob)["RAY_ADDRESS"]
+    before = len(json.loads(bob.ray_slurm("nodes", "--json", bob.yaml).stdout))
+    environ = {**alice.environ, **_access(alice)}
+    with tempfile.TemporaryDirectory(prefix="rsj-", dir="/tmp") as temp_dir:
+        shutil.chown(temp_dir, alice.user)
+        words = ["start", f"--address={address}", f"--temp-dir={temp_dir}/r", "--num-cpus=1"]
+        try:
+            done = alice.run("-m", "ray.scripts.scripts", *words, env=environ, timeout=45)
+            assert done.returncode, done.stdout
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            procfs.end([p for p in procfs.processes() if temp_dir.encode() in p.read("cmdline")], 5)
+    status = bob.ray("exec", bob.yaml, "--no-config-cache", "python -m ray.scripts.scripts status")
+    assert len(json.loads(bob.ray_slurm("nodes", "--json", bob.yaml).stdout)) == before
+    assert "node_" not in status.stdout.partition("Active:")[2].partition("Pending:")[0]
+
+
+def test_no_port_of_the_head_answers_with_data_without_the_token(clusters):
+    for cluster in clusters:
+        report = json.loads((cluster.root / "head.json").read_text())
+        ports = listening_ports(cluster)
+        assert {report["ports"]["gcs"], report["ports"]["dashboard"]} <= set(ports)
+        for port in ports:
+            for path in HTTP_PATHS:
+                assert _answer(report["address"], port, path) is None, (port, ports[port], path)
+
+
+def _answer(host, port, path):
+    """What an HTTP server tells a stranger; None for nothing, a refusal, and the dashboard's empty page."""
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=5) as response:
+            body = response.read().decode(errors="replace")
+    except urllib.error.HTTPError:
+        return None
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    return None if '<div id="root"></div>' in body else body
+
+
+def test_ports_of_both_are_different_and_told(clusters):
+    alice, bob = (listening_ports(cluster) for cluster in clusters)
+    assert not set(alice) & set(bob)
+
+
+def test_each_sees_only_the_own_cluster(clusters):
+    for cluster in clusters:
+        (row,) = json.loads(cluster.ray_slurm("clusters", "--json").stdout)
+        assert (row["state"], row["directory"]) == ("up", str(cluster.root))
+
+
+def test_what_a_killed_cluster_leaves_breaks_nobodys_next_one(clusters):
+    alice, bob = clusters
+    report = json.loads((alice.root / "head.json").read_text())
+    # Everything at once, guard and all: nobody is left to clean up.
+    doomed = alice.processes()
+    for process in doomed:
+        os.kill(process.pid, 9)
+    wait_for(lambda: not any(map(procfs.alive, doomed)), 20, "the end of the processes")
+    assert os.path.isdir(report["temp_dir"])
+    wait_for(lambda: json.loads(alice.ray_slurm("nodes", "--json", alice.yaml).stdout) == [], 60, "the end of the jobs")
+    alice.ray("up", alice.yaml, "--no-config-cache", "-y")
+    assert not os.path.isdir(report["temp_dir"])
+    assert "NODES" in _driver(alice, _access(alice)).stdout
+    assert "NODES" in _driver(bob, _access(bob)).stdout
+
+
+def test_both_go_and_leave_nothing(clusters):
+    for cluster in clusters:
+        cluster.down()
+        assert not cluster.root.exists()
+        cluster.wait_until_no_process_is_left(20)
+    assert [path for path in Path("/tmp").glob("rsp-*") if path.owner() in NAMES] == []
