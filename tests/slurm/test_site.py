@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import RAY, RAY_SLURM, listening_ports, tasks_script, wait_for
+from support import RAY, RAY_SLURM, cluster_config, listening_ports, tasks_script, wait_for
 
 from ray_slurm_provider.agent import ports
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 
-def _free_range(length):
+def _free_range(length, start=41000):
     """A range of ports that nobody has, of the size of a careful admin."""
-    for first in range(41000, 60000, length):
+    for first in range(start, 65000, length):
         if all(ports.is_free(port) for port in range(first, first + length)):
             return f"{first}-{first + length - 1}"
     raise AssertionError("no ports")
@@ -33,17 +33,15 @@ WORKER = {
 
 @pytest.mark.parametrize("placement", ["slurm", "login_node"])
 def test_a_firewalled_encrypted_cluster_with_its_own_place_for_files(make_cluster, tmp_path, placement):
-    services, workers = _free_range(30), _free_range(24)
+    services, workers = _free_range(30), _free_range(24, 52000)
     scratch = Path(f"/tmp/rsc-{os.getpid()}")
     scratch.mkdir(mode=0o700)
     head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}}
     if placement == "login_node":
         head = {"node_config": {"placement": "login_node"}}
     head["node_config"]["env"] = {"MY_SCRATCH": str(scratch)}
-    worker = {
-        **WORKER["worker"],
-        "node_config": {**WORKER["worker"]["node_config"], "env": {"MY_SCRATCH": str(scratch)}},
-    }
+    node_config = {**WORKER["worker"]["node_config"], "env": {"MY_SCRATCH": str(scratch)}}
+    worker = {"max_workers": 2, "node_config": node_config}
     slurm = {
         "ports": {"services": services, "workers": workers},
         "tls": True,
@@ -59,7 +57,9 @@ def test_a_firewalled_encrypted_cluster_with_its_own_place_for_files(make_cluste
 
         found = listening_ports(cluster)
         allowed = {*ports.port_range(services), *ports.port_range(workers)}
-        assert len(found) > 15
+        reports = [json.loads(path.read_text()) for path in (cluster.root / "nodes").glob("*.json")]
+        assert len(reports) == 3
+        assert {report["ports"]["node_manager"] for report in reports} <= set(found)
         assert set(found) <= allowed, {port: name for port, name in found.items() if port not in allowed}
 
         environ = {**cluster.environ, **cluster.access()}
@@ -113,14 +113,12 @@ def test_autoscaler_v1_grows_and_shrinks_also_when_nodes_share_a_host(make_clust
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="makes a network of its own, which only root may")
-def test_a_host_with_nothing_but_ipv6(tmp_path):
-    """SLURM is on loopback here; the interface of the YAML has an IPv6 address and nothing else."""
+def test_an_interface_with_nothing_but_ipv6(tmp_path):
+    """The IPv4 address is there for SLURM's tools only, which resolve nothing without one."""
     state = f"/tmp/rsv-{os.getpid()}"
     config = tmp_path / "six.yaml"
     head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G"}}}
     settings = {"state_dir": str(tmp_path / "state"), "update_interval_s": 1, "interface": "rs0"}
-    from support import cluster_config
-
     config.write_text(json.dumps(cluster_config("six", tmp_path / "state", head=head, types=WORKER, slurm=settings)))
     script = tasks_script(tmp_path, 2)
     ray, ray_slurm = shlex.join(RAY), shlex.join(RAY_SLURM)
@@ -131,6 +129,7 @@ ip link set lo up
 ip link add rs0 type veth peer name rs1
 ip link set rs1 up
 ip link set rs0 up
+ip addr add 198.51.100.1/24 dev rs1
 ip -6 addr add fd00:77::1/64 dev rs0 nodad
 export HOME={tmp_path}/home TMPDIR={tmp_path}/home/tmp RAY_USAGE_STATS_ENABLED=0 RAY_UP_enable_autoscaler_v2=1
 trap '{ray} down -y {config} || true; {ray_slurm} sandbox down --state-dir {state}' EXIT

@@ -154,8 +154,8 @@ def test_nobody_uses_the_others_cluster(clusters):
         for one, other in ((alice, bob), (bob, alice)):
             own, address = _access(one), {"RAY_ADDRESS": _access(other)["RAY_ADDRESS"]}
             assert "NODES" in _driver(one, own).stdout
-            for environ in ({**own, **address}, {"RAY_AUTH_MODE": "disabled", **address}):
-                attempts.append(pool.submit(_driver, one, environ, timeout=120))
+            tries = ({**own, **address}, {"RAY_AUTH_MODE": "disabled", **address})
+            attempts += [pool.submit(_driver, one, environ, timeout=120) for environ in tries]
             status = ("-m", "ray.scripts.scripts", "status")
             attempts.append(pool.submit(one.run, *status, env={**one.environ, **own, **address}, timeout=120))
     for attempt in attempts:
