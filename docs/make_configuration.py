@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.config import NodeConfig, Ports, SlurmSettings
 from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ behave in a way of their own here:
 | `resources` of a node type | derived from the sbatch options: CPU, GPU, `accelerator_type:*`, memory, object store (30 % of the job's memory). What you write wins; more than the job has is an error. |
 | `initialization_commands`, `setup_commands`, `head_setup_commands`, `worker_setup_commands` | run in the job, in Ray's order, in one shell that then becomes the node: what they export stays in force. Lists of a node type replace the global ones, as in Ray. |
 | `head_start_ray_commands`, `worker_start_ray_commands` | not run: the job starts Ray itself. Further arguments go to `ray_start_args`. |
-| `file_mounts` | copied on the shared file system before the head starts. |
+| `file_mounts` | copied on the shared file system before the head starts; a target that only this host sees is refused. |
+| `rsync_exclude`, `rsync_filter` | count, as in Ray. |
+| `auth` | for `command_runner: ssh` only. |
 | `idle_timeout_minutes` | 5 when it is not given; `idle_timeout_s` of a node type wins. |
 | `upscaling_speed` | 1000 when it is not given: Ray submits all the jobs that it needs at once. |
 | `docker` | refused. |
@@ -46,6 +48,7 @@ def page() -> str:
     return _HEAD + "\n".join(
         [
             _section("`provider.slurm`", "What concerns the whole cluster.", SlurmSettings),
+            _section("`provider.slurm.ports`", "For sites with a firewall between their hosts.", Ports),
             _section("`available_node_types.<type>.node_config`", "How the job of such a node looks.", NodeConfig),
             _section(
                 "`node_config.sbatch`",
@@ -86,7 +89,7 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or isinstance(value, SbatchOptions):
+    if value is None or isinstance(value, (SbatchOptions, Ports)):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

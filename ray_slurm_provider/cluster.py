@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs, tls
-from ray_slurm_provider.agent.network import own_addresses
+from ray_slurm_provider.agent.network import connection_state, own_addresses
 from ray_slurm_provider.agent.ray_command import (
     GCS_ADDRESS_VARIABLE,
     TEMP_DIR_VARIABLE,
@@ -56,6 +56,7 @@ STATUS_UP_TO_DATE = "up-to-date"
 _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
 _RESTART_S = 60.0
+_CONNECT_S = 3.0
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
 _NOT_FOR_JOBS = (
@@ -253,9 +254,14 @@ class Cluster:
             StateError: No head is up.
         """
         report = self.directory.head_report()
-        if report is None or report.phase != READY:
+        ready = report is not None and report.phase == READY
+        if report is None or not ready or self._refuses(report):
             raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
         return report
+
+    def _refuses(self, head: NodeReport) -> bool:
+        """Tell whether positively nobody listens where a head said that it would; it may have been killed."""
+        return connection_state(head.address, head.ports["gcs"], _CONNECT_S) == "refused"
 
     def _tls_access(self) -> dict[str, str]:
         """Return the variables with which this host takes part in the cluster's TLS."""

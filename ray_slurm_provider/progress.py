@@ -39,7 +39,7 @@ class HeadProgress:
     def __enter__(self) -> Self:
         """Begin; name the log."""
         self._console.print(f"log: {self._log}", markup=False)
-        self._console.print("Ctrl-C leaves the job where it is; `ray up` finds it again.", markup=False)
+        self._console.print("Ctrl-C leaves the head where it is; `ray up` finds it again.", markup=False)
         if self._console.is_terminal:
             # Ctrl-C ends the process without coming back here, and the live line hides the cursor.
             atexit.register(self._console.show_cursor)
@@ -66,7 +66,7 @@ class HeadProgress:
 def describe(node: Node) -> str:
     """Return one line on a node: job, state, reason, start estimate or place."""
     seen = node.seen
-    parts = [f"job {node.node_id}", seen.state]
+    parts = [node.label, seen.state]
     if seen.queued:
         parts += [f"reason {seen.reason}"] if seen.reason else []
         parts += [f"start expected {seen.start}"] if seen.start else []

@@ -67,7 +67,7 @@ def test_a_firewalled_encrypted_cluster_with_its_own_place_for_files(make_cluste
         assert "Node status" in subprocess.run(status, env=environ, text=True, capture_output=True, timeout=60).stdout
         plain = {name: value for name, value in environ.items() if not name.startswith(("RAY_USE_TLS", "RAY_TLS"))}
         try:
-            done = subprocess.run(status, env=plain, text=True, capture_output=True, timeout=60)
+            done = subprocess.run(status, env=plain, text=True, capture_output=True, timeout=15)
             assert done.returncode
             assert "Node status" not in done.stdout
         except subprocess.TimeoutExpired:

@@ -1,0 +1,156 @@
+"""A head on the login node: a real process, its record, and what is believed when they disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.backends import login_process
+from ray_slurm_provider.cluster import TAG_KIND, TAG_STATUS, TAG_TYPE, Cluster
+from ray_slurm_provider.config import NodeConfig, ResolvedNode, SlurmSettings
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.reports import NodeReport, write_report
+
+HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
+# Stands in for the agent, in the same process as the script.
+STEPS = [["setup", "echo hello; exec sleep 300"]]
+CONFIG = NodeConfig(placement="login_node", resolved=ResolvedNode(steps=STEPS))
+
+
+@pytest.fixture
+def make(tmp_path, fake_slurm):
+    """The cluster as each `ray` command sees it: nothing is shared but files and processes."""
+    settings = SlurmSettings(state_dir=str(tmp_path / "state dir"), default_python="/usr/bin/python3")
+    return lambda: Cluster("c", settings, fake_slurm.environ)
+
+
+@pytest.fixture
+def head(make):
+    cluster = make()
+    node_id = cluster.create_head("head", CONFIG, HEAD)
+    cluster.let_head_start(node_id, autoscaler_v2=True, usage_stats=False)
+    pid = int(node_id.split("-")[-2])
+    assert procfs.wait_until(lambda: (found := procfs.find(pid)) is not None and found.name == "sleep", 10)
+    yield node_id
+    for process in [procfs.find(pid)]:
+        if process is not None:
+            procfs.end([process], 5)
+
+
+def _pid(node_id):
+    return int(node_id.split("-")[-2])
+
+
+def _record(make):
+    return make().directory.root / "login_head.json"
+
+
+def test_every_command_sees_the_head_with_its_tags(make, head):
+    node = make().nodes()[head]
+    assert node.is_head
+    assert node.tags == HEAD
+    assert (node.seen.state, node.seen.place) == ("RUNNING", login_process.host_name())
+    assert node.label == f"process {head}"
+    assert "hello" in make().log_of(head).read_text()
+
+
+def test_it_has_no_terminal_and_a_session_of_its_own(head):
+    stat = procfs.find(_pid(head)).read("stat").rpartition(b")")[2].split()
+    session, terminal = int(stat[3]), int(stat[4])
+    assert session == _pid(head)
+    assert terminal == 0
+
+
+def test_it_carries_nothing_of_a_job(head):
+    variables = procfs.find(_pid(head)).read("environ").split(b"\0")
+    assert not [variable for variable in variables if variable.startswith(b"SLURM_JOB")]
+
+
+@pytest.mark.parametrize("damage", ["removed", "broken", "directory gone"])
+def test_a_lost_record_is_found_again_by_the_process(make, head, damage):
+    root = make().directory.root
+    if damage == "removed":
+        _record(make).unlink()
+    elif damage == "broken":
+        _record(make).write_text('{"pid": ')
+    else:
+        root.rename(root.with_name("elsewhere"))
+    node = make().nodes()[head]
+    assert node.tags == HEAD
+    make().terminate([head])
+    assert procfs.find(_pid(head)) is None
+
+
+def test_the_head_that_died_is_gone_and_its_end_is_told(make, head):
+    os.kill(_pid(head), signal.SIGKILL)
+    assert procfs.wait_until(lambda: not make().nodes(), 5)
+    assert f"process {_pid(head)} is gone" in make().obituary(head)
+
+
+def test_another_process_with_its_number_is_not_the_head(make, head):
+    record = json.loads(_record(make).read_text())
+    _record(make).write_text(json.dumps({**record, "start": "1"}))
+    assert make().nodes() == {}
+    make().terminate([head])
+    assert procfs.find(_pid(head)) is not None
+
+
+def test_after_a_reboot_it_is_gone_whatever_has_its_number(make, head):
+    record = json.loads(_record(make).read_text())
+    _record(make).write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    assert make().nodes() == {}
+    assert "was rebooted" in make().obituary(head)
+
+
+def test_ending_it_ends_what_is_below_it_and_nothing_else(make, head):
+    bystander = login_process.subprocess.Popen(["sleep", "300"])
+    make().terminate([head])
+    assert procfs.find(_pid(head)) is None
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    make().terminate([head])
+
+
+class TestFromAnotherLoginNode:
+    @pytest.fixture
+    def elsewhere(self, make, head, monkeypatch):
+        monkeypatch.setattr(login_process, "host_name", lambda: "other")
+        return make
+
+    def test_unknown_is_an_error_that_names_the_host(self, elsewhere):
+        with pytest.raises(StateError, match=f"log in to {socket.gethostname().partition('.')[0]}"):
+            elsewhere().nodes()
+
+    def test_an_open_port_is_life_and_a_refused_one_death(self, elsewhere, head):
+        paths = elsewhere().directory.reports
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            report = NodeReport(head, "ready", address="127.0.0.1", ports={"gcs": server.getsockname()[1]})
+            write_report(paths, report, head=True)
+            assert elsewhere().nodes()[head].ready
+        assert elsewhere().nodes() == {}
+
+    def test_its_own_word_on_its_end_is_believed(self, elsewhere, head):
+        write_report(
+            elsewhere().directory.reports, NodeReport(head, "ended", reason="done", time=time.time()), head=True
+        )
+        assert elsewhere().nodes() == {}
+        assert "done" in elsewhere().obituary(head)
+
+    def test_it_is_asked_to_end(self, elsewhere, head):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            report = NodeReport(head, "ready", address="127.0.0.1", ports={"gcs": server.getsockname()[1]})
+            write_report(elsewhere().directory.reports, report, head=True)
+            elsewhere().terminate([head])
+        assert elsewhere().directory.reports.stop(head).exists()
+        assert procfs.find(_pid(head)) is not None
