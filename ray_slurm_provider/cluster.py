@@ -348,7 +348,13 @@ class Cluster:
         return preview_script(launch)
 
     def terminate(self, node_ids: list[str]) -> None:
-        """End nodes; a node that has ended already is no error."""
+        """End nodes; a node that has ended already is no error.
+
+        The head's own autoscaler never ends the head: when Ray is restarted there, it sees the head's raylet
+        go and would have the whole node removed.
+        """
+        if self._environ.get(GCS_ADDRESS_VARIABLE):
+            node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(_INSTANCE_VARIABLE)]
         if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)

@@ -5,8 +5,8 @@
     state.json                  the diary: tags that changed since birth
     login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
-    head_env.sh                 the head's environment, for commands that run there
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
+    nodes/<node id>.env         its environment, for commands that run there
     nodes/<token>.sh            script of a head on the login node
     ray_bootstrap_config.yaml   what Ray's autoscaler reads
     auth_token                  Ray's token, 0600

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ray_slurm_provider.cluster import Cluster, Node
+    from ray_slurm_provider.reports import NodeReport
     from ray_slurm_provider.shells import Shell
 
 logger = logging.getLogger(__name__)
@@ -150,13 +152,13 @@ class SlurmCommandRunner(CommandRunnerInterface):
             cli_logger.print("Ray already runs in {}; nothing is restarted.", node.label)
             self._say_what_next()
             return
-        if node.ready:
-            self._restart(node)
         self._cluster.let_head_start(
             self._node_id,
             autoscaler_v2="RAY_enable_autoscaler_v2=1" in cmd,
             usage_stats=str(variables.get("RAY_USAGE_STATS_ENABLED", 0)) == "1",
         )
+        if node.ready:
+            self._restart(node)
         try:
             with HeadProgress(self._cluster.log_of(self._node_id)) as progress:
                 self._cluster.wait_for_head(self._node_id, progress.tell)
@@ -196,7 +198,11 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _shell(self) -> Shell:
         """Return the way to the node."""
         settings, directory = self._cluster.settings, self._cluster.directory
-        exports = directory.reports.head_environment
+        exports = directory.reports.environment(self._node_id)
+        if not exports.exists():
+            raise click.ClickException(
+                f"Ray is not up on node {self._node_id}, or the cluster's directory was lost; see `ray-slurm logs`"
+            )
         seen, report = self._cluster.last_seen(self._node_id).seen, directory.report(self._node_id)
         on_login_node = self._node_id.startswith(PREFIX)
         if on_login_node and seen.place == host_name():
@@ -235,11 +241,12 @@ class SlurmCommandRunner(CommandRunnerInterface):
         wanted: list[tuple[int, int]] = [pairs] if isinstance(pairs, tuple) else list(pairs)
         forwards = []
         for local, usual in wanted:
-            remote = report.ports.get(_USUAL_PORTS.get(usual, ""), usual)
+            name = _USUAL_PORTS.get(usual, "")
+            remote = report.ports.get(name, usual)
             if remote == local and self._on_this_host():
                 cli_logger.print("Port {} is on this host already.", local)
                 continue
-            forwards.append(Forward(local, report.address, remote))
+            forwards.append(Forward(local, self._listening_address(report, name), remote))
         for forward in forwards:
             cli_logger.print("127.0.0.1:{} leads to {}:{}", forward.local, forward.host, forward.remote)
         try:
@@ -247,6 +254,16 @@ class SlurmCommandRunner(CommandRunnerInterface):
                 yield
         except OSError as error:
             raise click.ClickException(f"the port cannot be forwarded: {error.strerror or error}") from error
+
+    def _listening_address(self, report: NodeReport, port: str) -> str:
+        """Return where a port of the node can be reached from here."""
+        if port != "dashboard" or self._cluster.settings.token_auth:
+            return report.address
+        if report.host != socket.gethostname():
+            raise click.ClickException(
+                f"without a token (token_auth: false) the dashboard can be seen on {report.host} only"
+            )
+        return "127.0.0.1"
 
     def _wait_for_interrupt(self) -> str:
         cli_logger.print("Ctrl-C ends the forwarding.")

@@ -91,7 +91,8 @@ class SlurmSettings(Section):
     slurm_bin: Line | None = None
     """Directory of sbatch, squeue and the others; PATH when it is not given."""
     interface: Line | None = None
-    """Network interface whose address Ray uses, for example ``ib0``; else the address of the SLURM node."""
+    """Network interface whose address Ray uses, for example ``ib0``; of several, ``ib0,eth1``, the first that a host
+    has. The address of the SLURM node when it is not given."""
     temp_dir: Line = "/tmp"  # noqa: S108 the agent makes a private directory in it
     """Directory for Ray's temporary files on the compute node; may name variables, for example ``$SLURM_TMPDIR``."""
     ports: Ports = Ports()
@@ -180,10 +181,11 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
             _refuse_protected(str(key), f"{path}.sbatch.{key}")
     config = _read(NodeConfig, {} if section is None else section, path)
     for argument in config.ray_start_args:
-        if argument.partition("=")[0] in OWN_FLAGS:
+        flag = re.split(r"[=\s]", argument)[0]
+        if flag in OWN_FLAGS:
             raise ConfigError(
                 f"{path}.ray_start_args",
-                f"the provider sets {argument.partition('=')[0]} itself",
+                f"the provider sets {flag} itself",
                 "other flags; see provider.slurm.ports, interface and temp_dir",
             )
     for name in config.env:

@@ -107,10 +107,9 @@ class ReportPaths:
         """The report of the head, under a fixed name."""
         return self.root / "head.json"
 
-    @property
-    def head_environment(self) -> Path:
-        """Shell exports with which a command runs as if the head's job had started it."""
-        return self.root / "head_env.sh"
+    def environment(self, node_id: str) -> Path:
+        """Shell exports with which a command runs as if the node's job had started it."""
+        return self.nodes / f"{node_id}.env"
 
 
 def write_report(paths: ReportPaths, report: NodeReport, *, head: bool) -> None:

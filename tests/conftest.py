@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,10 @@ from support import UserCluster, cluster_config, user_environment
 
 from ray_slurm_provider.sandbox.layout import SandboxSpec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so would all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -78,15 +78,19 @@ def _first_usable(candidates: Iterable[str]) -> str:
     return "127.0.0.1"
 
 
-def address_of_interface(name: str) -> str:
+def address_of_interface(wanted: str) -> str:
     """Return the IPv4 address of an interface, or its global IPv6 address.
+
+    Args:
+        wanted: Its name; or several, separated by commas, of which the first that is there counts.
 
     Raises:
         ValueError: There is no such interface, or it has no address.
     """
     names = [interface for _, interface in socket.if_nameindex()]
-    if name not in names:
-        raise ValueError(f"interface {name!r} does not exist on {socket.gethostname()}; there are {', '.join(names)}")
+    name = next((name for word in wanted.split(",") if (name := word.strip()) in names), None)
+    if name is None:
+        raise ValueError(f"interface {wanted!r} does not exist on {socket.gethostname()}; there are {', '.join(names)}")
     for address in (*_ipv4_address(name), *_ipv6_addresses(name)):
         return address
     raise ValueError(f"interface {name!r} has no address on {socket.gethostname()}")

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ray_slurm_provider.agent.spec import AgentSpec
-    from ray_slurm_provider.reports import NodeReport
 
 # The line that `ray start` prints when the node has joined (ray/scripts/scripts.py, startup_msg).
 STARTED_MARK = b"Ray runtime started."
@@ -159,23 +158,22 @@ def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster_dir / "auth_token")}
 
 
-def shell_environment(environ: Mapping[str, str], report: NodeReport, access: Mapping[str, str]) -> str:
+def shell_environment(environ: Mapping[str, str], temp_dir: str, access: Mapping[str, str]) -> str:
     """Return shell lines that give a command on the node the environment of its job.
 
     Args:
         environ: The job's environment.
-        report: The node's report.
+        temp_dir: Ray's temporary directory on the node.
         access: What a process needs to talk to this Ray.
     """
     left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
     variables = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
     variables |= access
-    variables["RAY_ADDRESS"] = report.gcs_address
-    variables[TEMP_DIR_VARIABLE] = report.temp_dir
+    variables[TEMP_DIR_VARIABLE] = temp_dir
     variables["RAY_SLURM_PYTHON"] = sys.executable
     # A tmux or screen session of this cluster is none of the user's others on this host.
-    variables["TMUX_TMPDIR"] = report.temp_dir
-    variables["SCREENDIR"] = f"{report.temp_dir}/{SCREEN_DIRECTORY}"
+    variables["TMUX_TMPDIR"] = temp_dir
+    variables["SCREENDIR"] = f"{temp_dir}/{SCREEN_DIRECTORY}"
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
 
 

@@ -171,7 +171,7 @@ class Supervisor:
     def _listen(self, temp_dir: Path) -> None:
         (temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
         path = Path(socket_path(str(temp_dir), self._node_id))
-        self._requests = Requests(path, self._paths.head_environment)
+        self._requests = Requests(path, self._paths.environment(self._node_id))
 
     @property
     def _authority(self) -> Path:
@@ -291,10 +291,8 @@ class Supervisor:
     def _ready(self) -> None:
         assert self._child is not None  # noqa: S101 called from its output
         self._raylet = next((p for p in procfs.descendants(self._child.pid) if p.name == "raylet"), None)
-        if self._spec.is_head:
-            text = self._shell_environment()
-            with contextlib.suppress(FileNotFoundError):
-                write_atomically(self._paths.head_environment, text)
+        with contextlib.suppress(FileNotFoundError):
+            write_atomically(self._paths.environment(self._node_id), self._shell_environment())
         self._publish(phase=READY, ready_at=time.time())
         self._end_turn()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
@@ -405,4 +403,6 @@ class Supervisor:
 
     def _shell_environment(self) -> str:
         access = ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth)
-        return ray_command.shell_environment(self._environ, self._report, {**access, **self._tls_environment()})
+        address = self._report.gcs_address or self._spec.gcs_address
+        access |= {"RAY_ADDRESS": address, **self._tls_environment()}
+        return ray_command.shell_environment(self._environ, self._report.temp_dir, access)

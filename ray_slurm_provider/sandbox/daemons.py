@@ -44,4 +44,7 @@ def _belongs(process: Process, paths: SandboxPaths) -> bool:
     variables = process.read("environ").split(b"\0")
     if f"SLURM_CONF={paths.slurm_conf}".encode() not in variables:
         return False
-    return process.name in DAEMONS or any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
+    # A head on the login node is no job, but belongs to the SLURM that it submits to.
+    return process.name in DAEMONS or any(
+        variable.startswith((b"SLURM_JOB_ID=", b"RAY_SLURM_DIR=")) for variable in variables
+    )

@@ -68,6 +68,15 @@ def test_a_job_is_listed_as_soon_as_it_is_submitted_with_all_its_tags(login, hea
     assert node.address == f"slurm-job-{head_id}"
 
 
+def test_the_autoscaler_cannot_end_its_own_head(login, monitor, head_id, fake_slurm):
+    fake_slurm.change(head_id.partition("-")[0], state="RUNNING")
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.terminate([head_id, worker])
+    assert set(login.nodes()) == {head_id}
+    login.terminate([head_id])
+    assert login.nodes() == {}
+
+
 def test_a_listing_is_shared_for_a_moment_and_dropped_by_what_changes_it(login, head_id, fake_slurm, clock):
     login.nodes()
     asked = fake_slurm.calls("squeue")

@@ -81,6 +81,10 @@ def _on_login_node(cluster):
     return cluster.head()["id"].startswith("login-")
 
 
+def _nodes(cluster):
+    return json.loads(cluster.ray_slurm("nodes", "--json", cluster.yaml).stdout)
+
+
 def _exec(cluster, command, *options, **parts):
     return subprocess.run(
         [*RAY, "exec", str(cluster.yaml), "--no-config-cache", *options, command],
@@ -205,6 +209,11 @@ def test_ray_client_connects_from_the_login_node(cluster):
 def test_tasks_run_on_workers_and_not_on_the_head(cluster, tmp_path):
     seen = cluster.run_on_head(tasks_script(tmp_path, 2))
     assert len({task["job"] for task in seen}) == 2
+    worker = next(row for row in _nodes(cluster) if row["type"] == "worker")
+    with _Terminal(cluster, "attach", cluster.yaml, "--no-config-cache", "--node-ip", worker["id"]) as terminal:
+        terminal.write("echo own=$RAY_CLOUD_INSTANCE_ID; ray status >/dev/null && echo done=$((40+2))\n")
+        terminal.read_until("done=42")
+    assert f"own={worker['id']}" in terminal.seen
 
 
 @pytest.mark.parametrize("tool", ["tmux", "screen"])

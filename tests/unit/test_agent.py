@@ -40,6 +40,7 @@ def test_an_address_of_another_host_is_not_taken(monkeypatch):
 
 def test_an_interface_is_taken_by_name_and_a_wrong_one_told():
     assert network.choose_address("lo", "", lambda node: "") == "127.0.0.1"
+    assert network.choose_address("ib9, lo", "", lambda node: "") == "127.0.0.1"
     with pytest.raises(ValueError, match="there are .*lo"):
         network.choose_address("ib9", "", lambda node: "")
 
