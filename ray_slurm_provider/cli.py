@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import shlex
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
 from ray_slurm_provider.slurm.client import SlurmClient
-from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, tunnel_command
+from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, full_host_name, tunnel_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,7 +84,7 @@ def logs(config: Path, node: str, follow: bool, lines: int | None) -> None:
 
 @cli.command("ssh-command")
 @_yaml
-@click.option("--login-host", default=socket.getfqdn, show_default="this host", help="The login node's name.")
+@click.option("--login-host", default=full_host_name, show_default="this host", help="The login node's name.")
 @click.option("--user", default=getpass.getuser, show_default="you", help="The user there.")
 def ssh_command(config: Path, login_host: str, user: str) -> None:
     """Print the ssh line with which a laptop reaches dashboard and Ray Client through the login node."""

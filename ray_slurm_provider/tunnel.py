@@ -1,8 +1,9 @@
-"""The ssh command with which a laptop reaches a cluster through the login node. Pure."""
+"""The ssh command with which a laptop reaches a cluster through the login node."""
 
 from __future__ import annotations
 
 import shlex
+import socket
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.reports import bracketed
@@ -11,6 +12,12 @@ if TYPE_CHECKING:
     from ray_slurm_provider.reports import NodeReport
 
 DASHBOARD_PORT, CLIENT_PORT = 8265, 10001
+
+
+def full_host_name() -> str:
+    """Return this host's name as others may know it; some hosts resolve their own to localhost."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.startswith("localhost") else name
 
 
 def tunnel_command(report: NodeReport, user: str, login_host: str, *, dashboard_on_loopback: bool) -> str:

@@ -196,13 +196,12 @@ def test_ray_client_connects_from_the_login_node(cluster):
     text = cluster.ray_slurm("env", "--client", cluster.yaml).stdout
     assert "ray://" in text
     program = "import ray; ray.init(); print('NODES', len(ray.nodes())); ray.shutdown()"
-    done = subprocess.run(
-        ["bash", "-c", f"{text}\n{shlex.quote(RAY[0])} -c {shlex.quote(program)}"],
-        env=cluster.environ,
-        text=True,
-        capture_output=True,
-        timeout=90,
-    )
+    command = ["bash", "-c", f"{text}\n{shlex.quote(RAY[0])} -c {shlex.quote(program)}"]
+    for _ in range(3):
+        done = subprocess.run(command, env=cluster.environ, text=True, capture_output=True, timeout=90)
+        # Now and then the process that Ray's client server forks for a client is a zombie at once.
+        if "ZombieProcess" not in done.stderr:
+            break
     assert "NODES 1" in done.stdout, done.stdout + done.stderr
 
 

@@ -53,6 +53,17 @@ MISTAKES = [
         ("state_dri", "/x"), ("state_dir", 3), ("state_dir", "relative/path"), ("state_dir", ""), ("state_dir", "/a\n/b"), ("python", "python3"), ("python", 3), ("slurm_bin", "bin"), ("interface", ["ib0"]),
         ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("port", {}), ("tls", "yes"), ("command_runner", "rsh"), ("ssh_args", "-p 22"), ("ports", "1-2"), ("metrics", 1),
     ]],
+    *[(("provider", "slurm", "ports"), value, f"{SLURM}.{path}") for value, path in [
+        ({"services": "20000-20009"}, "ports.services"), ({"services": "20000"}, "ports.services"), ({"services": 20000}, "ports.services"), ({"services": "80-2000"}, "ports.services"), ({"service": "20000-21000"}, "ports.service"),
+        ({"workers": "21000-21006"}, "ports.workers"), ({"workers": "2-1"}, "ports.workers"), ({"services": "20000-20999", "workers": "20500-21999"}, "ports"),
+    ]],
+    *[(("available_node_types", node_type, "node_config"), value, f"available_node_types.{node_type}.node_config.{path}") for node_type, value, path in [
+        ("worker", {"placement": "login_node"}, "placement"), ("head", {"placement": "login_node", "sbatch": {"mem": "1G"}}, "sbatch"),
+        ("head", {"ray_start_args": ["--port=6379"]}, "ray_start_args"), ("head", {"ray_start_args": ["--temp-dir /x"]}, "ray_start_args"), ("worker", {"ray_start_args": ["--address", "x:1"]}, "ray_start_args"),
+    ]],
+    *[(("available_node_types", "head"), {"node_config": {"placement": "login_node"}, "resources": value}, f"available_node_types.head.resources.{path}") for value, path in [
+        ({"CPU": -1}, "CPU"), ({"memory": "1G"}, "memory"), ({"x": 1.5}, "x"),
+    ]],
     *[(("provider", key), value, path) for key, value, path in [
         ("slurm", [1], SLURM), ("slurm", "x", SLURM), ("slrum", {}, "provider.slrum"), ("state_dir", "/x", "provider.state_dir"), ("partition", "cpu", "provider.partition"),
     ]],
@@ -87,6 +98,18 @@ def test_a_mistake_is_refused_with_its_path(place, value, path):
         SlurmNodeProvider.bootstrap_config(filled)
     first = error.value.message.splitlines()[0]
     assert re.match(re.escape(path) + r"(:|\b)", first), first
+
+
+def test_a_mount_that_the_jobs_cannot_see_is_refused_only_when_the_head_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ray", "--logging-level", "info", "up", "x.yaml"])
+    config = cluster_config("ok", tmp_path, file_mounts={"/dev/shm/data": str(tmp_path)})
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(copy.deepcopy(config)))
+    with pytest.raises(click.ClickException, match=r"file_mounts./dev/shm/data: is on a file system of this host"):
+        SlurmNodeProvider.bootstrap_config(filled)
+    config["available_node_types"]["head"] = {"node_config": {"placement": "login_node"}}
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(config))
+    assert SlurmNodeProvider.bootstrap_config(filled)["file_mounts"]
+    assert filled["available_node_types"]["head"]["resources"]["CPU"] == 0
 
 
 def test_the_right_one_is_taken_and_taking_it_twice_changes_nothing():
