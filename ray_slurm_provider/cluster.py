@@ -267,7 +267,7 @@ class Cluster:
         """Return the variables with which this host takes part in the cluster's TLS."""
         if not self.settings.tls:
             return {}
-        own = self.directory.tls / host_name()
+        own = self.directory.tls / f"{host_name()}.pem"
         # Made anew each time: the host's addresses may have changed.
         tls.make_certificate(self.directory.tls, own, own_addresses())
         return tls.tls_environment(self.directory.tls, own)

@@ -25,6 +25,7 @@ from ray_slurm_provider.command_line import has_option, ray_command
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
+from ray_slurm_provider.progress import describe
 from ray_slurm_provider.ray_contract import (
     NODE_KIND_HEAD,
     TAG_RAY_NODE_KIND,
@@ -36,6 +37,23 @@ from ray_slurm_provider.ray_contract import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Ray's commands that end in a traceback without a head that is up; click takes both spellings.
+_FOR_A_RUNNING_HEAD = frozenset(
+    {
+        "attach",
+        "dashboard",
+        "exec",
+        "get-head-ip",
+        "get_head_ip",
+        "monitor",
+        "rsync-down",
+        "rsync-up",
+        "rsync_down",
+        "rsync_up",
+        "submit",
+    }
+)
 
 
 class SlurmNodeProvider(NodeProvider):
@@ -57,11 +75,22 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the ids of the nodes that wait or run and have these tags."""
+        if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and ray_command() in _FOR_A_RUNNING_HEAD:
+            self._require_head()
         return [
             node_id
             for node_id, node in self._cluster.nodes().items()
             if all(node.tags.get(name) == value for name, value in tag_filters.items())
         ]
+
+    def _require_head(self) -> None:
+        """Say in a sentence what Ray would say in a traceback."""
+        head = self._cluster.head()
+        if has_option("--start") or (head is not None and head.ready):
+            return
+        if head is None:
+            raise click.ClickException(f"cluster {self.cluster_name} has no head; start it with `ray up`")
+        raise click.ClickException(f"the head of cluster {self.cluster_name} is not up yet: {describe(head)}")
 
     def is_running(self, node_id: str) -> bool:
         """Tell whether the node's job has its allocation."""

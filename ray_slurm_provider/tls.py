@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,16 +65,16 @@ def make_authority(directory: Path, cluster: str) -> None:
             _DAYS,
             *subject,
         )
-        (work / "key").replace(directory / "ca.key")
-        (work / "crt").replace(directory / "ca.crt")
+        write_atomically(directory / "ca.key", (work / "key").read_text())
+        write_atomically(directory / "ca.crt", (work / "crt").read_text())
 
 
 def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) -> None:
-    """Make a key and a certificate for this host, ``<target>.key`` and ``<target>.crt``.
+    """Make a certificate and a key for this host, in one file: replacing both at once cannot mix two pairs.
 
     Args:
         authority: Directory of the cluster's authority.
-        target: Path without ending.
+        target: The file.
         addresses: The host's addresses.
 
     Raises:
@@ -98,8 +99,7 @@ def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) ->
         signer += ["-CAcreateserial", "-CAserial", "serial"]
         extensions = ["-extfile", "config", "-extensions", "host"]
         _openssl(work, "x509", "-req", "-in", "csr", "-out", "crt", "-days", _DAYS, *signer, *extensions)
-        (work / "key").replace(target.with_name(target.name + ".key"))
-        (work / "crt").replace(target.with_name(target.name + ".crt"))
+        write_atomically(target, (work / "crt").read_text() + (work / "key").read_text())
 
 
 def tls_environment(authority: Path, target: Path) -> dict[str, str]:
@@ -107,8 +107,8 @@ def tls_environment(authority: Path, target: Path) -> dict[str, str]:
     return {
         "RAY_USE_TLS": "1",
         "RAY_TLS_CA_CERT": str(authority / "ca.crt"),
-        "RAY_TLS_SERVER_CERT": f"{target}.crt",
-        "RAY_TLS_SERVER_KEY": f"{target}.key",
+        "RAY_TLS_SERVER_CERT": str(target),
+        "RAY_TLS_SERVER_KEY": str(target),
     }
 
 

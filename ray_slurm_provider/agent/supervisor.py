@@ -179,7 +179,7 @@ class Supervisor:
 
     @property
     def _certificate(self) -> Path:
-        return Path(self._report.temp_dir) / f"tls-{self._node_id.rpartition('-')[2]}"
+        return Path(self._report.temp_dir) / f"tls-{self._node_id.rpartition('-')[2]}.pem"
 
     def _tls_environment(self) -> dict[str, str]:
         return tls.tls_environment(self._authority, self._certificate) if self._spec.tls else {}

@@ -422,3 +422,8 @@ def test_stop_ends_the_cluster_after_the_command_and_passes_its_exit_code_on(clu
     cluster.wait_until_no_process_is_left(30)
     cluster.down()
     assert not cluster.root.exists()
+    for words in (("exec", cluster.yaml, "true"), ("attach", cluster.yaml), ("get-head-ip", cluster.yaml)):
+        done = cluster.ray(*words, check=False)
+        assert done.returncode == 1
+        assert "has no head; start it with `ray up`" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr

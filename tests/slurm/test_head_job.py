@@ -63,6 +63,8 @@ def test_a_queued_head_survives_ctrl_c_and_is_adopted_by_the_next_ray_up(make_cl
 
     second = cluster.start("up", cluster.yaml, "--no-config-cache", "-y")
     line = wait_for(lambda: _line(second, "PENDING"), 60, "ray up telling of the queue")
+    refused = cluster.ray("exec", cluster.yaml, "--no-config-cache", "true", check=False)
+    assert "is not up yet: job" in _refusal(refused)
     assert head.job_id in line
     assert "reason" in line
     blocked_node()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 
 import pytest
-from support import RAY, tasks_script, wait_for
+from support import RAY, RAY_SLURM, tasks_script, wait_for
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.ports import reserve
@@ -64,6 +65,29 @@ def test_a_head_that_is_killed_is_noticed_and_the_next_one_takes_its_place(make_
         other.terminate()
         other.wait(60)
         subprocess.run(["rm", "-rf", own], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="makes a host name of its own, which only root may")
+def test_on_another_login_node_the_head_is_seen_and_ended(make_cluster):
+    cluster = make_cluster("two", head=HEAD, types=WORKER)
+    cluster.up()
+    head = cluster.head()["id"]
+
+    def elsewhere(*words):
+        script = f"hostname login2 && exec {shlex.join(map(str, words))}"
+        return subprocess.run(
+            ["unshare", "--uts", "bash", "-c", script], env=cluster.environ, text=True, capture_output=True, timeout=120
+        )
+
+    (row,) = json.loads(elsewhere(*RAY_SLURM, "nodes", "--json", cluster.yaml).stdout)
+    assert (row["id"], row["state"]) == (head, "RUNNING")
+    done = elsewhere(*RAY, "exec", cluster.yaml, "--no-config-cache", "true")
+    assert done.returncode == 1
+    assert "and this is login2" in done.stderr
+    done = elsewhere(*RAY, "down", "-y", cluster.yaml)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not cluster.root.exists()
+    cluster.wait_until_no_process_is_left(15)
 
 
 def test_a_setup_that_fails_is_told_with_the_log(make_cluster):
