@@ -110,8 +110,8 @@ class SlurmCommandRunner(CommandRunnerInterface):
             # The updater's own probes.
             return ""
         if cmd.strip() == "ray stop":
-            # It would end every Ray of this user on that host.
-            if ray_command() == "exec":
+            # It would end every Ray of this user on that host. `ray down` sends it first, and ends the jobs then.
+            if ray_command() not in {"down", "teardown"}:
                 raise click.ClickException("`ray stop` would end all your Ray clusters on that host; use `ray down`")
             return ""
         return self._run_command(cmd, with_output=with_output)
