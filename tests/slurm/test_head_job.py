@@ -128,13 +128,6 @@ def test_a_missing_source_of_a_file_mount_is_refused(make_cluster):
     assert cluster.jobs(everything=True) == []
 
 
-def test_the_old_autoscaler_is_refused(make_cluster):
-    cluster = make_cluster("old")
-    cluster.environ["RAY_UP_enable_autoscaler_v2"] = "0"
-    assert "autoscaler v1" in _refusal(cluster.up(check=False))
-    assert cluster.jobs(everything=True) == []
-
-
 def test_a_head_that_is_cancelled_in_the_queue_ends_ray_up(make_cluster, blocked_node):
     cluster = make_cluster("cancelled", head=_head(nodelist="c3"))
     child = cluster.start("up", cluster.yaml, "--no-config-cache", "-y")
