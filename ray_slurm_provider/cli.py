@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from ray_slurm_provider import __version__
+from ray_slurm_provider.access import access_variables, ready_head_report
 from ray_slurm_provider.cluster_yaml import open_cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import SlurmSettings
@@ -39,7 +40,7 @@ _yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_ty
 @click.option("--client", is_flag=True, help="For Ray Client: RAY_ADDRESS begins with ray://.")
 def env(config: Path, client: bool) -> None:
     """Print the exports for: eval "$(ray-slurm env CLUSTER.yaml)"."""
-    for name, value in open_cluster(config).access(client=client).items():
+    for name, value in access_variables(open_cluster(config), client=client).items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
 
@@ -89,7 +90,7 @@ def logs(config: Path, node: str, follow: bool, lines: int | None) -> None:
 def ssh_command(config: Path, login_host: str, user: str) -> None:
     """Print the ssh line with which a laptop reaches dashboard and Ray Client through the login node."""
     cluster = open_cluster(config)
-    report = cluster.ready_head_report()
+    report = ready_head_report(cluster)
     protected = cluster.settings.token_auth
     click.echo(tunnel_command(report, user, login_host, dashboard_on_loopback=not protected))
     notes = [

@@ -14,23 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs, tls
-from ray_slurm_provider.agent.network import connection_state, own_addresses
-from ray_slurm_provider.agent.ray_command import (
-    GCS_ADDRESS_VARIABLE,
-    TEMP_DIR_VARIABLE,
-    V2_VARIABLE,
-    access_environment,
-)
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, V2_VARIABLE
 from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.launch_script import preview_script
-from ray_slurm_provider.backends.login_process import PREFIX, LoginProcess, host_name
+from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
-from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
+from ray_slurm_provider.nodes import TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED, READY
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
@@ -39,24 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from ray_slurm_provider.backends.base import NodeBackend, Sighting
-    from ray_slurm_provider.cluster_dir import Diary
+    from ray_slurm_provider.backends.base import NodeBackend
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
-    from ray_slurm_provider.reports import NodeReport
 
 logger = logging.getLogger(__name__)
-
-# Ray's own names (ray/autoscaler/tags.py); the contract tests compare them.
-TAG_KIND = "ray-node-type"
-TAG_TYPE = "ray-user-node-type"
-TAG_STATUS = "ray-node-status"
-KIND_HEAD = "head"
-STATUS_UP_TO_DATE = "up-to-date"
 
 _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
 _RESTART_S = 60.0
-_CONNECT_S = 3.0
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
 _NOT_FOR_JOBS = (
@@ -68,84 +52,6 @@ _NOT_FOR_JOBS = (
     "PMI_",
     "PMIX_",
 )
-
-
-@dataclass(frozen=True)
-class Node:
-    """A Ray node of the cluster.
-
-    Attributes:
-        node_id: Its id.
-        tags: Ray's tags as they are now.
-        seen: What the backend sees of it.
-        report: What it says of itself; None when it has said nothing yet.
-    """
-
-    node_id: str
-    tags: Mapping[str, str]
-    seen: Sighting
-    report: NodeReport | None = None
-
-    @property
-    def is_head(self) -> bool:
-        """Whether it is a head."""
-        return self.tags.get(TAG_KIND) == KIND_HEAD
-
-    @property
-    def ready(self) -> bool:
-        """Whether Ray runs there."""
-        return self.report is not None and self.report.phase == READY
-
-    @property
-    def came_up(self) -> bool:
-        """Whether Ray runs there, or did."""
-        return self.report is not None and bool(self.report.ready_at)
-
-    @property
-    def label(self) -> str:
-        """What it is, for a person."""
-        return f"process {self.node_id}" if self.node_id.startswith(PREFIX) else f"job {self.node_id}"
-
-    @property
-    def names(self) -> set[str]:
-        """By what people may call it: its id, job, address, SLURM node and host."""
-        report = self.report
-        found = {self.node_id, job_id_of(self.node_id), self.address, self.seen.place, report.host if report else ""}
-        return found - {""}
-
-    @property
-    def address(self) -> str:
-        """The address that Ray uses there, or a name for a node that has none yet."""
-        if self.report is not None and self.report.address:
-            return self.report.address
-        return self.node_id if self.node_id.startswith(PREFIX) else f"slurm-job-{self.node_id}"
-
-
-def join(
-    sightings: Iterable[Sighting],
-    diary: Diary,
-    report_of: Callable[[str], NodeReport | None],
-    only_head: str = "",
-) -> dict[str, Node]:
-    """Return the cluster's nodes, alive or just ended, by id.
-
-    Args:
-        sightings: What the backend sees; this alone decides what exists.
-        diary: Tags that changed.
-        report_of: Reads a node's report.
-        only_head: Leave out the workers of other heads; "" for all.
-    """
-    nodes = {}
-    for seen in sightings:
-        if only_head and only_head not in (seen.head, seen.node_id):
-            continue
-        report = report_of(seen.node_id)
-        tags = dict(seen.birth_tags)
-        if report is not None and report.phase == READY:
-            tags[TAG_STATUS] = STATUS_UP_TO_DATE
-        tags.update(diary.tags.get(seen.node_id, {}))
-        nodes[seen.node_id] = Node(seen.node_id, tags, seen, report)
-    return nodes
 
 
 @dataclass
@@ -230,47 +136,6 @@ class Cluster:
     def head(self) -> Node | None:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head), None)
-
-    def access(self, *, client: bool = False) -> dict[str, str]:
-        """Return the variables that a shell needs to use the cluster.
-
-        Args:
-            client: Whether drivers shall use Ray Client, through the head's client port.
-
-        Raises:
-            StateError: No head is up.
-        """
-        report = self.ready_head_report()
-        return {
-            "RAY_ADDRESS": report.client_address if client else report.gcs_address,
-            **access_environment(self.directory.root, token_auth=self.settings.token_auth),
-            **self._tls_access(),
-        }
-
-    def ready_head_report(self) -> NodeReport:
-        """Return what the head says of itself.
-
-        Raises:
-            StateError: No head is up.
-        """
-        report = self.directory.head_report()
-        ready = report is not None and report.phase == READY
-        if report is None or not ready or self._refuses(report):
-            raise StateError(f"cluster {self.name} has no head that answers; start it with `ray up`")
-        return report
-
-    def _refuses(self, head: NodeReport) -> bool:
-        """Tell whether positively nobody listens where a head said that it would; it may have been killed."""
-        return connection_state(head.address, head.ports["gcs"], _CONNECT_S) == "refused"
-
-    def _tls_access(self) -> dict[str, str]:
-        """Return the variables with which this host takes part in the cluster's TLS."""
-        if not self.settings.tls:
-            return {}
-        own = self.directory.tls / f"{host_name()}.pem"
-        # Made anew each time: the host's addresses may have changed.
-        tls.make_certificate(self.directory.tls, own, own_addresses())
-        return tls.tls_environment(self.directory.tls, own)
 
     def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
         """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""

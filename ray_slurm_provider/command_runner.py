@@ -35,7 +35,8 @@ from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ray_slurm_provider.cluster import Cluster, Node
+    from ray_slurm_provider.cluster import Cluster
+    from ray_slurm_provider.nodes import Node
     from ray_slurm_provider.reports import NodeReport
     from ray_slurm_provider.shells import Shell
 

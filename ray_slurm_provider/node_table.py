@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from ray_slurm_provider.cluster import TAG_TYPE
 from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.nodes import TAG_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ray_slurm_provider.cluster import Cluster, Node
+    from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.clusters import ClusterRow
+    from ray_slurm_provider.nodes import Node
 
 _WATCH_S = 2.0
 _WIDTH_WITHOUT_TERMINAL = 160

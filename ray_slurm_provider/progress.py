@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.status import Status
     from typing_extensions import Self
 
-    from ray_slurm_provider.cluster import Node
+    from ray_slurm_provider.nodes import Node
 
 _REPEAT_S = 300.0
 

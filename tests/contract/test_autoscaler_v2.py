@@ -12,8 +12,8 @@ from ray.core.generated.instance_manager_pb2 import NodeKind
 from support import cluster_config, wait_for
 
 from ray_slurm_provider import bootstrap
-from ray_slurm_provider.cluster import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.node_provider import SlurmNodeProvider
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.ray_contract import prepare_config
 
 

@@ -18,7 +18,7 @@ from ray.autoscaler.node_provider import NodeProvider
 from ray.scripts import scripts
 from support import cluster_config
 
-from ray_slurm_provider import bootstrap, cluster
+from ray_slurm_provider import bootstrap, nodes
 from ray_slurm_provider.agent.ray_command import (
     HEAD_PORTS,
     NODE_NUMBER_RESOURCE,
@@ -36,11 +36,11 @@ CONFIGS = sorted((Path(__file__).parents[2] / "cluster_configs").glob("*.yaml"))
 
 
 def test_our_tags_are_rays():
-    assert tags.TAG_RAY_NODE_KIND == cluster.TAG_KIND
-    assert tags.TAG_RAY_USER_NODE_TYPE == cluster.TAG_TYPE
-    assert tags.TAG_RAY_NODE_STATUS == cluster.TAG_STATUS
-    assert tags.NODE_KIND_HEAD == cluster.KIND_HEAD
-    assert tags.STATUS_UP_TO_DATE == cluster.STATUS_UP_TO_DATE
+    assert tags.TAG_RAY_NODE_KIND == nodes.TAG_KIND
+    assert tags.TAG_RAY_USER_NODE_TYPE == nodes.TAG_TYPE
+    assert tags.TAG_RAY_NODE_STATUS == nodes.TAG_STATUS
+    assert tags.NODE_KIND_HEAD == nodes.KIND_HEAD
+    assert tags.STATUS_UP_TO_DATE == nodes.STATUS_UP_TO_DATE
 
 
 @pytest.mark.parametrize(

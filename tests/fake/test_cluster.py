@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ray_slurm_provider.cluster import TAG_KIND, TAG_STATUS, TAG_TYPE, Cluster
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import (
     HeadFailed,
@@ -15,6 +15,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
 WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}

@@ -12,9 +12,10 @@ import pytest
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.backends import login_process
-from ray_slurm_provider.cluster import TAG_KIND, TAG_STATUS, TAG_TYPE, Cluster
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, ResolvedNode, SlurmSettings
 from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import NodeReport, write_report
 
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}

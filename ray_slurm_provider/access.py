@@ -1,0 +1,65 @@
+"""How people and programs get at a cluster that is up: its address, its token, certificates for this host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider import tls
+from ray_slurm_provider.agent.network import connection_state, own_addresses
+from ray_slurm_provider.agent.ray_command import access_environment
+from ray_slurm_provider.backends.login_process import host_name
+from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.reports import READY
+
+if TYPE_CHECKING:
+    from ray_slurm_provider.cluster import Cluster
+    from ray_slurm_provider.reports import NodeReport
+
+_CONNECT_S = 3.0
+
+
+def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str]:
+    """Return the variables that a shell needs to use a cluster.
+
+    Args:
+        cluster: The cluster.
+        client: Whether drivers shall use Ray Client, through the head's client port.
+
+    Raises:
+        StateError: No head is up.
+    """
+    report = ready_head_report(cluster)
+    return {
+        "RAY_ADDRESS": report.client_address if client else report.gcs_address,
+        **access_environment(cluster.directory.root, token_auth=cluster.settings.token_auth),
+        **_tls_variables(cluster),
+    }
+
+
+def ready_head_report(cluster: Cluster) -> NodeReport:
+    """Return what the head of a cluster says of itself.
+
+    Raises:
+        StateError: No head is up.
+    """
+    report = cluster.directory.head_report()
+    ready = report is not None and report.phase == READY
+    if report is None or not ready or _refuses(report):
+        raise StateError(f"cluster {cluster.name} has no head that answers; start it with `ray up`")
+    return report
+
+
+def _refuses(head: NodeReport) -> bool:
+    """Tell whether positively nobody listens where a head said that it would; it may have been killed."""
+    return connection_state(head.address, head.ports["gcs"], _CONNECT_S) == "refused"
+
+
+def _tls_variables(cluster: Cluster) -> dict[str, str]:
+    """Return the variables with which this host takes part in the cluster's TLS."""
+    if not cluster.settings.tls:
+        return {}
+    authority = cluster.directory.tls
+    own = authority / f"{host_name()}.pem"
+    # Made anew each time: the host's addresses may have changed.
+    tls.make_certificate(authority, own, own_addresses())
+    return tls.tls_environment(authority, own)

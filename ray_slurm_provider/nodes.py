@@ -1,0 +1,102 @@
+"""A Ray node as the cluster knows it: what is seen of it, what it says, and Ray's tags. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.backends.login_process import PREFIX
+from ray_slurm_provider.birth_certificate import job_id_of
+from ray_slurm_provider.reports import READY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from ray_slurm_provider.backends.base import Sighting
+    from ray_slurm_provider.cluster_dir import Diary
+    from ray_slurm_provider.reports import NodeReport
+
+# Ray's own names (ray/autoscaler/tags.py); the contract tests compare them.
+TAG_KIND = "ray-node-type"
+TAG_TYPE = "ray-user-node-type"
+TAG_STATUS = "ray-node-status"
+KIND_HEAD = "head"
+STATUS_UP_TO_DATE = "up-to-date"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A Ray node of the cluster.
+
+    Attributes:
+        node_id: Its id.
+        tags: Ray's tags as they are now.
+        seen: What the backend sees of it.
+        report: What it says of itself; None when it has said nothing yet.
+    """
+
+    node_id: str
+    tags: Mapping[str, str]
+    seen: Sighting
+    report: NodeReport | None = None
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is a head."""
+        return self.tags.get(TAG_KIND) == KIND_HEAD
+
+    @property
+    def ready(self) -> bool:
+        """Whether Ray runs there."""
+        return self.report is not None and self.report.phase == READY
+
+    @property
+    def came_up(self) -> bool:
+        """Whether Ray runs there, or did."""
+        return self.report is not None and bool(self.report.ready_at)
+
+    @property
+    def label(self) -> str:
+        """What it is, for a person."""
+        return f"process {self.node_id}" if self.node_id.startswith(PREFIX) else f"job {self.node_id}"
+
+    @property
+    def names(self) -> set[str]:
+        """By what people may call it: its id, job, address, SLURM node and host."""
+        report = self.report
+        found = {self.node_id, job_id_of(self.node_id), self.address, self.seen.place, report.host if report else ""}
+        return found - {""}
+
+    @property
+    def address(self) -> str:
+        """The address that Ray uses there, or a name for a node that has none yet."""
+        if self.report is not None and self.report.address:
+            return self.report.address
+        return self.node_id if self.node_id.startswith(PREFIX) else f"slurm-job-{self.node_id}"
+
+
+def join(
+    sightings: Iterable[Sighting],
+    diary: Diary,
+    report_of: Callable[[str], NodeReport | None],
+    only_head: str = "",
+) -> dict[str, Node]:
+    """Return the cluster's nodes, alive or just ended, by id.
+
+    Args:
+        sightings: What the backend sees; this alone decides what exists.
+        diary: Tags that changed.
+        report_of: Reads a node's report.
+        only_head: Leave out the workers of other heads; "" for all.
+    """
+    nodes = {}
+    for seen in sightings:
+        if only_head and only_head not in (seen.head, seen.node_id):
+            continue
+        report = report_of(seen.node_id)
+        tags = dict(seen.birth_tags)
+        if report is not None and report.phase == READY:
+            tags[TAG_STATUS] = STATUS_UP_TO_DATE
+        tags.update(diary.tags.get(seen.node_id, {}))
+        nodes[seen.node_id] = Node(seen.node_id, tags, seen, report)
+    return nodes
