@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -67,6 +69,7 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
+        _drop_config_cache(str(provider_config.get("_config_cache_path") or ""))
         self._torn_down: dict[str, set[str]] = {}
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
         # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
@@ -251,6 +254,28 @@ class SlurmNodeProvider(NodeProvider):
         except SlurmProviderError as error:
             logger.error("could not submit %d jobs of type %s: %s", count, node_type, error)  # noqa: TRY400 the text says it
             raise NodeLaunchException(_category(error), str(error), None) from error
+
+
+def _drop_config_cache(path: str) -> None:
+    """Remove Ray's cache of the resolved YAML, and refuse that of somebody else.
+
+    It lies in a directory of everybody's under a name that depends on the YAML alone, so another user with the
+    same YAML would be served ours, with our paths (ray/autoscaler/_private/commands.py, _bootstrap_config).
+    """
+    if not path or not ray_command():
+        return  # the autoscaler reads another file
+    try:
+        owner = Path(path).stat().st_uid
+    except OSError:
+        return
+    if owner == os.getuid():
+        with suppress(OSError):
+            Path(path).unlink()
+    elif not has_option("--no-config-cache"):
+        raise click.ClickException(
+            f"Ray took the configuration from {path}, which another user has written\n"
+            "  set TMPDIR to a directory of your own and try again"
+        )
 
 
 def _category(error: SlurmProviderError) -> str:

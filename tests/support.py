@@ -81,7 +81,8 @@ class UserCluster:
 
     @property
     def root(self):
-        return Path(self.config["provider"]["slurm"]["state_dir"]) / self.config["cluster_name"]
+        state_dir = self.config["provider"]["slurm"]["state_dir"].replace("~", self.environ["HOME"])
+        return Path(state_dir) / self.config["cluster_name"]
 
     @property
     def settings(self):

@@ -15,8 +15,19 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import ray
+from ray.core.generated import (
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+    node_manager_pb2,
+    node_manager_pb2_grpc,
+    ray_client_pb2,
+    ray_client_pb2_grpc,
+    reporter_pb2,
+    reporter_pb2_grpc,
+)
 from support import UserCluster, cluster_config, listening_ports, tasks_script, user_environment, wait_for
 
 import ray_slurm_provider
@@ -86,13 +97,13 @@ def clusters(place, users, python, sandbox_environment):
             **user_environment(sandbox_environment, home),
             "PATH": f"{Path(python).parent}:/usr/bin:/bin",
             "USER": user,
-            "TMPDIR": str(home),
+            "TMPDIR": "/tmp",
         }
         directory = place / f"{user}-yaml"
         directory.mkdir()
         worker = {"worker": {"max_workers": 2, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}}
-        # One name for both.
-        config = cluster_config("same", home / "state", head=head, types=worker)
+        # The very same YAML for both, but for the place of the head.
+        config = cluster_config("same", "~/state", head=head, types=worker)
         made.append(UserCluster(directory, environ, config, python, user))
     try:
         started = [cluster.start("up", cluster.yaml, "--no-config-cache", "-y") for cluster in made]
@@ -194,6 +205,29 @@ def test_no_port_of_the_head_answers_with_data_without_the_token(clusters):
                 assert _answer(report["address"], port, path) is None, (port, ports[port], path)
 
 
+def test_no_service_of_ray_answers_without_the_token(clusters):
+    for cluster in clusters:
+        report = json.loads((cluster.root / "head.json").read_text())
+        for port, question in {
+            "gcs": lambda channel: gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel).InternalKVKeys(
+                gcs_service_pb2.InternalKVKeysRequest(), timeout=10
+            ),
+            "node_manager": lambda channel: node_manager_pb2_grpc.NodeManagerServiceStub(channel).GetNodeStats(
+                node_manager_pb2.GetNodeStatsRequest(), timeout=10
+            ),
+            "client": lambda channel: ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo(
+                ray_client_pb2.ClusterInfoRequest(), timeout=10
+            ),
+            "dashboard_agent_grpc": lambda channel: reporter_pb2_grpc.ReporterServiceStub(channel).GetTraceback(
+                reporter_pb2.GetTracebackRequest(pid=1), timeout=10
+            ),
+        }.items():
+            with grpc.insecure_channel(f"{report['address']}:{report['ports'][port]}") as channel:
+                with pytest.raises(grpc.RpcError) as error:
+                    question(channel)
+                assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED, port
+
+
 def _answer(host, port, path):
     """What an HTTP server tells a stranger; None for nothing, a refusal, and the dashboard's empty page."""
     try:
@@ -231,6 +265,42 @@ def test_what_a_killed_cluster_leaves_breaks_nobodys_next_one(clusters):
     assert not os.path.isdir(report["temp_dir"])
     assert "NODES" in _driver(alice, _access(alice)).stdout
     assert "NODES" in _driver(bob, _access(bob)).stdout
+
+
+def test_the_same_yaml_means_each_ones_own_cluster(clusters):
+    alice, bob = clusters
+    bob.config["available_node_types"]["head"] = alice.config["available_node_types"]["head"]
+    # Without --no-config-cache, as `ray down` always is.
+    for cluster in (alice, bob):
+        cluster.ray("exec", cluster.yaml, "true")
+        assert [path for path in Path("/tmp").glob("ray-config-*") if path.owner() in NAMES] == []
+    alice.down()
+    assert bob.root.exists()
+    assert "NODES" in _driver(bob, _access(bob)).stdout
+
+
+def test_a_cache_that_somebody_else_has_written_is_refused(clusters, monkeypatch):
+    alice, bob = clusters
+    text = bob.write().read_text()
+    program = (
+        "import hashlib, json, sys, yaml\n"
+        "from ray.autoscaler._private.util import prepare_config\n"
+        "config = prepare_config(yaml.safe_load(sys.stdin.read()))\n"
+        "print(hashlib.sha256(json.dumps([config], sort_keys=True).encode()).hexdigest())"
+    )
+    digest = bob.run("-c", program, input=text, stdin=None).stdout.split()[-1]
+    config = {**bob.config, "provider": {**bob.config["provider"], "slurm": {"state_dir": "/tmp/evil"}}}
+    cache = Path(f"/tmp/ray-config-{digest}")
+    cache.write_text(json.dumps({"_version": 1, "provider_log_info": {}, "config": config}))
+    shutil.chown(cache, alice.user)
+    try:
+        done = bob.ray("exec", bob.yaml, "true", check=False)
+        assert done.returncode == 1
+        assert "another user has written" in done.stderr
+        assert "Traceback" not in done.stderr
+        bob.ray("exec", bob.yaml, "--no-config-cache", "true")
+    finally:
+        cache.unlink()
 
 
 def test_both_go_and_leave_nothing(clusters):
