@@ -77,6 +77,12 @@ def cluster(request, module_cluster):
     return cluster
 
 
+@pytest.fixture(autouse=True)
+def _what_ssh_does_not_change(request, cluster):
+    if request.node.get_closest_marker("same_by_ssh") and cluster.settings.command_runner == "ssh":
+        pytest.skip("shown already: commands by ssh do nothing new here")
+
+
 def _on_login_node(cluster):
     return cluster.head()["id"].startswith("login-")
 
@@ -148,6 +154,7 @@ def test_submit_runs_a_script_with_its_arguments(cluster, tmp_path):
     assert "ARGS ['--one', \"it's two\"]" in done.stdout
 
 
+@pytest.mark.same_by_ssh
 def test_files_go_up_and_down_as_rsync_says(cluster, tmp_path):
     source = tmp_path / "up dir"
     source.mkdir()
@@ -183,6 +190,7 @@ def test_rays_logs_come_down_from_where_they_are(cluster, tmp_path):
     assert "Autoscaler" in (tmp_path / "monitor.log").read_text()
 
 
+@pytest.mark.same_by_ssh
 def test_status_and_jobs_work_from_the_login_node(cluster):
     environ = {**cluster.environ, **cluster.access()}
     status = subprocess.run([*RAY, "status"], env=environ, text=True, capture_output=True, timeout=60)
@@ -192,6 +200,7 @@ def test_status_and_jobs_work_from_the_login_node(cluster):
     assert "42-done" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.same_by_ssh
 def test_ray_client_connects_from_the_login_node(cluster):
     text = cluster.ray_slurm("env", "--client", cluster.yaml).stdout
     assert "ray://" in text
@@ -260,6 +269,7 @@ def test_a_port_is_forwarded_while_the_command_runs(cluster, tmp_path):
     wait_for(lambda: page() is None, 30, "the end of the server")
 
 
+@pytest.mark.same_by_ssh
 def test_addresses_are_told_also_of_a_worker_that_waits(cluster):
     head = cluster.ray("get-head-ip", cluster.yaml).stdout.split()[-1]
     assert cluster.access()["RAY_ADDRESS"].startswith(f"{head}:")
@@ -268,6 +278,7 @@ def test_addresses_are_told_also_of_a_worker_that_waits(cluster):
     assert len([address for address in addresses if re.fullmatch(r"slurm-job-\d+-\w+", address)]) == 1
 
 
+@pytest.mark.same_by_ssh
 def test_the_dashboard_is_forwarded_and_asks_for_the_token(cluster):
     port = reserve(["local"]).ports["local"]
     child = cluster.start("dashboard", cluster.yaml, "--no-config-cache", "--port", port)
@@ -293,6 +304,7 @@ def test_the_dashboard_is_forwarded_and_asks_for_the_token(cluster):
     assert answer() is None
 
 
+@pytest.mark.same_by_ssh
 def test_a_port_that_is_taken_is_said(cluster):
     import socket
 
@@ -350,6 +362,7 @@ def test_attach_gives_a_terminal_with_the_clusters_environment(cluster):
     assert f"address={cluster.access()['RAY_ADDRESS']}" in terminal.seen
 
 
+@pytest.mark.same_by_ssh
 def test_ray_stop_as_a_command_is_refused_with_the_reason(cluster):
     done = _exec(cluster, "ray stop")
     assert done.returncode == 1
@@ -357,6 +370,7 @@ def test_ray_stop_as_a_command_is_refused_with_the_reason(cluster):
     assert cluster.access()
 
 
+@pytest.mark.same_by_ssh
 def test_a_second_ray_up_finds_the_head_and_restart_only_restarts_ray(cluster):
     before = cluster.head(), cluster.access()
     cluster.up()
@@ -367,6 +381,7 @@ def test_a_second_ray_up_finds_the_head_and_restart_only_restarts_ray(cluster):
     assert "Node status" in _exec(cluster, "ray status").stdout
 
 
+@pytest.mark.same_by_ssh
 def test_workers_go_and_the_minimum_stays_when_asked(cluster, tmp_path):
     cluster.run_on_head(tasks_script(tmp_path, 1))
     (kept,) = [job for job in cluster.workers() if job.name.endswith("-queued")]
@@ -376,6 +391,7 @@ def test_workers_go_and_the_minimum_stays_when_asked(cluster, tmp_path):
     assert cluster.head()["ray"] == "up"
 
 
+@pytest.mark.same_by_ssh
 def test_logs_are_printed_by_any_name_and_followed(cluster):
     head = cluster.head()
     assert "Ray is up" in cluster.ray_slurm("logs", cluster.yaml).stdout
@@ -394,6 +410,7 @@ def test_logs_are_printed_by_any_name_and_followed(cluster):
         assert child.wait(30) == 0
 
 
+@pytest.mark.same_by_ssh
 def test_the_tunnel_line_names_the_ports_of_this_cluster(cluster):
     done = cluster.ray_slurm("ssh-command", cluster.yaml, "--login-host", "login.example", "--user", "me")
     words = shlex.split(done.stdout)
@@ -405,6 +422,7 @@ def test_the_tunnel_line_names_the_ports_of_this_cluster(cluster):
     assert (cluster.root / "auth_token").read_text() not in done.stdout + done.stderr
 
 
+@pytest.mark.same_by_ssh
 def test_all_clusters_are_listed_wherever_their_directory_is(cluster):
     rows = json.loads(cluster.ray_slurm("clusters", "--json").stdout)
     (row,) = [row for row in rows if row["name"] == cluster.config["cluster_name"]]
