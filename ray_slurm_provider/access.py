@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.reports import NodeReport
 
+# Everything by which a process of Ray finds a cluster and is let in.
+ACCESS_VARIABLES = frozenset(
+    {
+        "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_USE_TLS",
+        "RAY_TLS_CA_CERT",
+        "RAY_TLS_SERVER_CERT",
+        "RAY_TLS_SERVER_KEY",
+    }
+)
 _CONNECT_S = 3.0
 
 

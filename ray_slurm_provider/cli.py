@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from ray_slurm_provider import __version__
-from ray_slurm_provider.access import access_variables, ready_head_report
+from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
 from ray_slurm_provider.cluster_yaml import open_cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import SlurmSettings
@@ -40,7 +40,10 @@ _yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_ty
 @click.option("--client", is_flag=True, help="For Ray Client: RAY_ADDRESS begins with ray://.")
 def env(config: Path, client: bool) -> None:
     """Print the exports for: eval "$(ray-slurm env CLUSTER.yaml)"."""
-    for name, value in access_variables(open_cluster(config), client=client).items():
+    variables = access_variables(open_cluster(config), client=client)
+    # What a shell may still hold of another cluster.
+    click.echo(f"unset {' '.join(sorted(ACCESS_VARIABLES - set(variables)))}")
+    for name, value in variables.items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
 
@@ -52,6 +55,14 @@ def render(config: Path, node_type: str) -> None:
     from ray_slurm_provider.bootstrap import script  # noqa: PLC0415 imports Ray, which takes a second
 
     click.echo(script(config, node_type), nl=False)
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of a cluster YAML, for editors."""
+    from ray_slurm_provider.yaml_schema import yaml_schema  # noqa: PLC0415 imports Ray, which takes a second
+
+    click.echo(json.dumps(yaml_schema(), indent=1, sort_keys=True))
 
 
 @cli.command()

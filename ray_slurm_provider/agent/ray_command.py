@@ -174,7 +174,9 @@ def shell_environment(environ: Mapping[str, str], temp_dir: str, access: Mapping
     # A tmux or screen session of this cluster is none of the user's others on this host.
     variables["TMUX_TMPDIR"] = temp_dir
     variables["SCREENDIR"] = f"{temp_dir}/{SCREEN_DIRECTORY}"
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
+    # The caller's shell may be set up for another cluster.
+    clean = 'unset "${!RAY_@}"\n'
+    return clean + "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
 
 
 def promised_resources(spec: AgentSpec, allocated: Mapping[str, int]) -> dict[str, int]:

@@ -117,9 +117,17 @@ def test_exec_passes_output_input_and_exit_code_on(cluster):
     assert "Traceback" not in done.stderr
 
 
-def test_exec_has_the_environment_of_the_head(cluster):
-    done = _exec(cluster, "which python; ray status >/dev/null && echo status=$?")
+def test_exec_has_the_environment_of_the_head_and_nothing_of_another_cluster(cluster):
+    other = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_USE_TLS": "1", "RAY_ADDRESS": "192.0.2.9:1"}
+    cluster.environ.update(other)
+    try:
+        done = _exec(cluster, "which python; ray status >/dev/null && echo status=$?")
+        status = subprocess.run([*RAY, "status"], env=cluster.access(), text=True, capture_output=True, timeout=60)
+    finally:
+        for name in other:
+            del cluster.environ[name]
     assert "status=0" in done.stdout
+    assert "Node status" in status.stdout
     assert done.stdout.count(os.path.dirname(RAY[0])) >= 1
 
 

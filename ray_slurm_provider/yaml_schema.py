@@ -1,0 +1,61 @@
+"""The JSON Schema of a whole cluster YAML: Ray's own, with our two sections in it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.ray_contract import cluster_schema
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+_MODULE = "ray_slurm_provider.node_provider.SlurmNodeProvider"
+
+
+def yaml_schema() -> dict[str, Any]:
+    """Return the schema, for editors that complete and check YAML."""
+    schema = copy.deepcopy(cluster_schema())
+    definitions: dict[str, Any] = {}
+    provider = schema["properties"]["provider"]
+    provider["properties"] |= {
+        "type": {"const": "external", "description": "Always external."},
+        "module": {"const": _MODULE, "description": "The class of this package."},
+        "slurm": _section(SlurmSettings, definitions),
+    }
+    provider["required"] = ["type", "module"]
+    (node_type,) = schema["properties"]["available_node_types"]["patternProperties"].values()
+    # The provider derives them.
+    node_type["required"] = [name for name in node_type.get("required", []) if name != "resources"]
+    node_type["properties"]["node_config"] = _section(NodeConfig, definitions)
+    schema["properties"].pop("docker", None)
+    # Ray reads these before it asks the provider, and ends in a traceback without them.
+    schema["required"] = sorted(
+        {
+            *schema.get("required", []),
+            "cluster_name",
+            "provider",
+            "max_workers",
+            "head_node_type",
+            "available_node_types",
+            "setup_commands",
+            "head_setup_commands",
+            "worker_setup_commands",
+        }
+    )
+    return {
+        **schema,
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Cluster YAML of Ray with ray-slurm-provider",
+        "$defs": definitions,
+    }
+
+
+def _section(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one of our sections without what only the provider fills in."""
+    schema = model.model_json_schema()
+    definitions |= schema.pop("$defs", {})
+    schema["properties"] = {name: value for name, value in schema["properties"].items() if not value.get("internal")}
+    definitions.pop("ResolvedNode", None)
+    return schema
