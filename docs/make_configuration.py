@@ -1,17 +1,22 @@
-"""Writes docs/configuration.md from the models.
+"""Writes from the models what repeats them: docs/configuration.md, cluster_configs/full.yaml and schema.json.
 
 python docs/make_configuration.py
 """
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider.config import NodeConfig, Ports, SlurmSettings
 from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
+from ray_slurm_provider.yaml_schema import yaml_schema
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pydantic import BaseModel
 
 _HEAD = """\
@@ -38,9 +43,94 @@ behave in a way of their own here:
 """
 
 
+_FULL = """\
+# yaml-language-server: $schema=schema.json
+# Every key of the provider with its default, made from the models by docs/make_configuration.py. A key in a comment
+# has no default; of the others you need to write only what you change. Ray's own keys stand in the usual places.
+#
+#     ray up full.yaml --no-config-cache
+
+cluster_name: full              # letters, digits, '.', '_' and '-'
+max_workers: 4                  # jobs of workers at the most, all types together
+idle_timeout_minutes: 5         # a worker without work is cancelled after that
+upscaling_speed: 1000.0         # how fast Ray asks for more; 1000: everything at once
+file_mounts: {{}}                 # target on a shared file system: source here
+rsync_exclude: []               # for ray rsync-up and -down, patterns of rsync
+rsync_filter: []                # names of files with such patterns, for example .gitignore
+auth: {{}}                        # for command_runner: ssh; ssh_user, ssh_private_key, ssh_proxy_command
+
+provider:
+  type: external
+  module: ray_slurm_provider.node_provider.SlurmNodeProvider
+  slurm:
+{settings}
+
+head_node_type: head
+available_node_types:
+  head:
+    resources: {{CPU: 0}}         # no tasks on the head; derived from the sbatch options when they are not given
+    node_config:
+      sbatch: {{cpus_per_task: 1, mem: 2G, time: "24:00:00"}}
+  worker:
+    min_workers: 0              # so many are always there
+    max_workers: 4
+    idle_timeout_s: 300         # wins over idle_timeout_minutes
+    priority: 0                 # of the types that fit, the one with the highest number is taken
+    labels: {{kind: worker}}      # for label selectors
+    initialization_commands: [] # of this type only, in place of the global ones
+    worker_setup_commands: []   # likewise
+    node_config:
+{node_config}
+
+# They run in the job, in this order, before Ray starts.
+initialization_commands: []     # on every node
+setup_commands: []              # on every node
+head_setup_commands: []
+worker_setup_commands: []
+"""
+_WIDTH = 118
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the files."""
+    configs = Path(__file__).parents[1] / "cluster_configs"
     Path(__file__).with_name("configuration.md").write_text(page(), encoding="utf-8")
+    (configs / "full.yaml").write_text(full_yaml(), encoding="utf-8")
+    (configs / "schema.json").write_text(json.dumps(yaml_schema(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def full_yaml() -> str:
+    """Return a cluster YAML with every key of ours."""
+    return _FULL.format(
+        settings="\n".join(_keys(SlurmSettings, "    ")),
+        node_config="\n".join(
+            _keys(NodeConfig, "      ", sbatch={"cpus_per_task": 1, "mem": "1G", "time": "04:00:00"})
+        ),
+    )
+
+
+def _keys(model: type[BaseModel], indent: str, **written: Any) -> Iterator[str]:
+    """Yield a line for each key, with its description above it."""
+    for name, field in model.model_fields.items():
+        if field.json_schema_extra:
+            continue
+        yield from textwrap.wrap(
+            _text(field.description), _WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
+        section = next((kind for kind in (Ports, SbatchOptions) if field.annotation is kind), None)
+        if section is not None:
+            chosen = written.get(name, {})
+            yield f"{indent}{name}:" if chosen else f"{indent}{name}: {{}}"
+            yield from (f"{indent}  {key}: {json.dumps(value)}" for key, value in chosen.items())
+            yield from (
+                f"{indent}  # {key}: ...".ljust(40) + _text(inner.description)
+                for key, inner in section.model_fields.items()
+                if key not in chosen
+            )
+        elif field.default is None:
+            yield f"{indent}# {name}: ..."
+        else:
+            yield f"{indent}{name}: {json.dumps(field.default)}"
 
 
 def page() -> str:

@@ -41,6 +41,8 @@ class JobSpec:
         node_type: The Ray node type.
         cluster_dir: The cluster's directory.
         options: The sbatch options of the YAML.
+        skip: Names of options to leave out.
+        extra: Further directives, as they stand behind ``#SBATCH``.
         steps: What to run first: where it stands in the YAML, and the command.
         env: Environment variables.
         python: Interpreter for the agent; "" to take the one that the steps leave on PATH.
@@ -56,6 +58,8 @@ class JobSpec:
     node_type: str
     cluster_dir: Path
     options: SbatchOptions
+    skip: Sequence[str] = ()
+    extra: Sequence[str] = ()
     steps: Sequence[tuple[str, str]] = ()
     env: Mapping[str, str | int | float] = field(default_factory=dict)
     python: str = ""
@@ -71,7 +75,8 @@ def render(spec: JobSpec) -> str:
     Raises:
         ConfigError: A value cannot stand in a directive.
     """
-    directives = (_directive(name, value) for name, value in sorted(directive_values(spec).items()))
+    directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
+    directives += [f"#SBATCH {text}" for text in spec.extra]
     return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *_body(spec)])
 
 
@@ -126,7 +131,8 @@ def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
     if spec.drain_s and _long_enough(spec):
         ours["signal"] = f"B:{_DRAIN_SIGNAL}@{spec.drain_s}"
     theirs = {name.replace("_", "-"): value for name, value in spec.options.chosen().items()}
-    return {**theirs, **ours}
+    skipped = {name.replace("_", "-") for name in spec.skip}
+    return {name: value for name, value in {**theirs, **ours}.items() if name not in skipped}
 
 
 def log_path(cluster_dir: Path, node_id: str) -> Path:

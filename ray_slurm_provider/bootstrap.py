@@ -245,6 +245,8 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
         derived = resources.derive(node_config.sbatch, accelerators)
         merged = resources.merge(written, node_config.sbatch, derived, f"{path}.resources")
     labels = node_type.get("labels") or {}
+    # What SLURM is not told it cannot give back: then the number of the YAML is Ray's too.
+    counted = sorted({*written, *_not_told_to_slurm(config, node_config, merged)})
     _check_worker_ports(config, name, merged)
     node_type["resources"] = merged
     node_type["node_config"] = {
@@ -252,10 +254,19 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
         "resolved": {
             "steps": [list(step) for step in _steps(config, name, node_type, node_config)],
             "resources": merged,
-            "written": sorted(written),
+            "written": counted,
             "labels": labels,
         },
     }
+
+
+def _not_told_to_slurm(config: dict[str, Any], node_config: NodeConfig, found: Mapping[str, int]) -> set[str]:
+    skipped = {
+        name.replace("-", "_") for name in (*config["provider"]["slurm"]["sbatch_skip"], *node_config.sbatch_skip)
+    }
+    if not skipped & {"mem", "mem_per_cpu", "mem_per_gpu"}:
+        return set()
+    return {"memory", "object_store_memory"} & set(found)
 
 
 def _check_worker_ports(config: dict[str, Any], name: str, resources_: Mapping[str, int]) -> None:
@@ -293,6 +304,8 @@ def _steps(
     type replace the global ones (ray/autoscaler/_private/util.py, merge_setup_commands;
     ray/autoscaler/_private/autoscaler.py, _get_node_type_specific_fields).
     """
+    for index, command in enumerate(config["provider"]["slurm"]["prologue"]):
+        yield f"provider.slurm.prologue[{index}]", command
     kind = "head_setup_commands" if name == config["head_node_type"] else "worker_setup_commands"
     for key in ("initialization_commands", kind):
         own = node_type.pop(key, None)

@@ -18,7 +18,7 @@ from ray_slurm_provider.agent.ports import port_range
 from ray_slurm_provider.agent.ray_command import HEAD_PORTS, OWN_FLAGS
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.fields import Line, PortRange, Section, ShellLine, not_bool
-from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
+from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SKIPPABLE_OPTIONS, SbatchOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,6 +62,10 @@ class NodeConfig(Section):
     """Where the node runs: ``slurm``, as a job; or ``login_node``, for the head only: where ``ray up`` is typed."""
     sbatch: SbatchOptions = SbatchOptions()
     """Options for sbatch."""
+    sbatch_skip: list[Line] = []
+    """Options to leave out of the script, in addition to those of ``provider.slurm.sbatch_skip``."""
+    sbatch_extra: list[Line] = []
+    """Further directives as they stand behind ``#SBATCH``, in addition to those of ``provider.slurm.sbatch_extra``."""
     setup: list[ShellLine] = []
     """Shell lines that run last before Ray starts, in the same shell: ``module load``, ``export``."""
     env: dict[str, Annotated[str | int | float, BeforeValidator(not_bool)]] = {}
@@ -111,6 +115,15 @@ class SlurmSettings(Section):
     """Seconds between two rounds of Ray's autoscaler, each of which asks squeue once."""
     withdraw_after_s: Annotated[int, Field(ge=0)] = 300
     """Seconds after which a queued job that nobody needs any more is cancelled."""
+    sbatch_skip: list[Line] = []
+    """Options that the site does not want, to be left out of every script: ``mem``, ``no_requeue``, ``signal``, ..."""
+    sbatch_extra: list[Line] = []
+    """Further directives for every job, as they stand behind ``#SBATCH``: ``--gres-flags=enforce-binding``."""
+    prologue: list[ShellLine] = []
+    """Shell lines that run first in every node, before all setup commands: ``source /etc/profile.d/modules.sh``."""
+    epilogue: list[ShellLine] = []
+    """Shell lines that run last in every node, when Ray has ended; SLURM gives them KillWait seconds when a job is
+    cancelled."""
     drain_s: Annotated[int, Field(ge=0, le=3600)] = 60
     """Seconds before the time limit at which Ray is told to move its work away; 0 to be surprised."""
     command_timeout_s: Annotated[int, Field(ge=1)] = 60
@@ -148,7 +161,22 @@ def read_settings(section: Any) -> SlurmSettings:
         if value is not None and not Path(value).expanduser().is_absolute():
             raise ConfigError(f"provider.slurm.{name}", f"{value!r} is not absolute", "an absolute path")
     _check_ports(settings.ports)
+    _check_directives(settings, "provider.slurm")
     return settings
+
+
+def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:
+    known = set(SbatchOptions.model_fields) | SKIPPABLE_OPTIONS
+    for name in section.sbatch_skip:
+        if name.replace("-", "_") not in known:
+            reason = PROTECTED_OPTIONS.get(name.replace("-", "_"))
+            problem = f"{name} cannot be left out: {reason}" if reason else f"{name!r} is no option of the script"
+            raise ConfigError(f"{path}.sbatch_skip", problem, f"{', '.join(sorted(SKIPPABLE_OPTIONS))}, mem, ...")
+    for directive in section.sbatch_extra:
+        match = re.match(r"--([a-z][a-z-]*)(=|$)", directive)
+        if match is None:
+            raise ConfigError(f"{path}.sbatch_extra", f"{directive!r} is not allowed", "--name or --name=value")
+        _refuse_protected(match.group(1), f"{path}.sbatch_extra")
 
 
 def _check_ports(ports: Ports) -> None:
@@ -180,6 +208,7 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
         for key in options:
             _refuse_protected(str(key), f"{path}.sbatch.{key}")
     config = _read(NodeConfig, {} if section is None else section, path)
+    _check_directives(config, path)
     for argument in config.ray_start_args:
         flag = re.split(r"[=\s]", argument)[0]
         if flag in OWN_FLAGS:

@@ -41,6 +41,11 @@ PROTECTED_OPTIONS = {
 }
 
 
+# What the provider writes into every script and a site may not want there. The comment and the log are not among
+# them: by these a job is found again, and told about.
+SKIPPABLE_OPTIONS = frozenset({"job_name", "no_requeue", "nodes", "ntasks", "open_mode", "signal"})
+
+
 class SbatchOptions(Section):
     """Options of sbatch, by their long names with ``_`` for ``-``; sbatch(1) explains each."""
 

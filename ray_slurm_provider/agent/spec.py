@@ -24,6 +24,7 @@ class AgentSpec:
         written: Names of those that a person wrote into the YAML: these are kept.
         labels: Ray labels.
         ray_start_args: Further arguments for ``ray start``.
+        epilogue: Shell lines to run when everything has ended.
         interface: Network interface to use; "" for the usual one.
         temp_dir: Where Ray's temporary directory is made.
         token_auth: Whether Ray asks for the cluster's token.
@@ -50,6 +51,7 @@ class AgentSpec:
     written: list[str] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     ray_start_args: list[str] = field(default_factory=list)
+    epilogue: list[str] = field(default_factory=list)
     interface: str = ""
     temp_dir: str = ""
     token_auth: bool = True

@@ -38,6 +38,8 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         node_type=launch.node_type,
         cluster_dir=launch.cluster_dir,
         options=launch.config.sbatch,
+        skip=[*settings.sbatch_skip, *launch.config.sbatch_skip],
+        extra=[*settings.sbatch_extra, *launch.config.sbatch_extra],
         steps=[(where, command) for where, command in resolved.steps],
         env=launch.config.env,
         python=str(Path(python).expanduser()) if python else "",

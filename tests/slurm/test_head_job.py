@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 
@@ -12,11 +13,36 @@ from support import tasks_script, wait_for
 pytestmark = [pytest.mark.slurm]
 
 
+@pytest.mark.cluster
+def test_a_site_adds_lines_and_directives_and_leaves_others_out(make_cluster, tmp_path):
+    ended = tmp_path / "it's over"
+    slurm = {
+        "prologue": ["export MY_FIRST=1"],
+        "epilogue": [f'echo "$MY_SECOND" > {shlex.quote(str(ended))}'],
+        "sbatch_skip": ["mem", "no_requeue"],
+        "sbatch_extra": ["--nice=5"],
+    }
+    setup = ["export MY_SECOND=${MY_FIRST}2"]
+    cluster = make_cluster("site", head=_head(), slurm=slurm, initialization_commands=setup)
+    cluster.up()
+    head = cluster.head_job()
+    facts = cluster.client.job_facts(head.job_id)
+    assert facts["Requeue"] == "1"
+    assert "mem=2G" not in facts["TRES"]
+    assert "Nice=5" in " ".join(f"{name}={value}" for name, value in facts.items())
+    # SLURM was not told, so Ray takes what the YAML says.
+    nodes = "import ray; ray.init(log_to_driver=False); r = ray.cluster_resources(); print('MEMORY', r['memory'] + r['object_store_memory'])"
+    done = cluster.ray("exec", cluster.yaml, f"python -c {shlex.quote(nodes)}")
+    assert float(done.stdout.split("MEMORY ")[1].split()[0]) == 2 * 2**30
+    cluster.down()
+    assert ended.read_text() == "12\n"
+
+
 @pytest.fixture
 def blocked_node(sandbox_environment, sandbox):
     """Occupy node c3, so that jobs for it stay queued; call the result to free it."""
     environ = {**os.environ, **sandbox_environment}
-    command = ["sbatch", "--parsable", "-w", "c3", "--exclusive", "--wrap", "exec sleep 600"]
+    command = ["sbatch", "--parsable", "-w", "c3", "--exclusive", "--output=/dev/null", "--wrap", "exec sleep 600"]
     job = subprocess.run(command, env=environ, cwd="/tmp", text=True, capture_output=True, check=True).stdout.strip()
 
     def state():

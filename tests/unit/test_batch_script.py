@@ -84,6 +84,16 @@ def test_the_script_of_a_worker():
     ]
 
 
+def test_a_site_may_leave_directives_out_and_add_others():
+    text = render(_spec(skip=["mem", "no-requeue", "ntasks"], extra=["--gres-flags=enforce-binding", "--nice=5"]))
+    lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert not [
+        line for line in lines if line.startswith(("#SBATCH --mem", "#SBATCH --no-requeue", "#SBATCH --ntasks"))
+    ]
+    assert lines[-2:] == ["#SBATCH --gres-flags=enforce-binding", "#SBATCH --nice=5"]
+    assert "#SBATCH --nodes=1" in lines
+
+
 def test_a_signal_that_would_come_at_once_is_left_out():
     assert "signal" not in directive_values(_spec(options=SbatchOptions(time="2"), drain_s=60))
     assert "signal" in directive_values(_spec(options=SbatchOptions(), drain_s=60))

@@ -51,7 +51,7 @@ MISTAKES = [
     ]],
     *[(("provider", "slurm", key), value, f"{SLURM}.{key}") for key, value in [
         ("state_dri", "/x"), ("state_dir", 3), ("state_dir", "relative/path"), ("state_dir", ""), ("state_dir", "/a\n/b"), ("python", "python3"), ("python", 3), ("slurm_bin", "bin"), ("interface", ["ib0"]),
-        ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("port", {}), ("tls", "yes"), ("command_runner", "rsh"), ("ssh_args", "-p 22"), ("ports", "1-2"), ("metrics", 1),
+        ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("port", {}), ("sbatch_skip", ["comment"]), ("sbatch_skip", ["output"]), ("sbatch_skip", ["memory"]), ("sbatch_skip", "mem"), ("sbatch_extra", ["--comment=x"]), ("sbatch_extra", ["-N 2"]), ("sbatch_extra", ["--job-name=x"]), ("prologue", "module load x"), ("tls", "yes"), ("command_runner", "rsh"), ("ssh_args", "-p 22"), ("ports", "1-2"), ("metrics", 1),
     ]],
     *[(("provider", "slurm", "ports"), value, f"{SLURM}.{path}") for value, path in [
         ({"services": "20000-20009"}, "ports.services"), ({"services": "20000"}, "ports.services"), ({"services": 20000}, "ports.services"), ({"services": "80-2000"}, "ports.services"), ({"service": "20000-21000"}, "ports.service"),
@@ -59,6 +59,7 @@ MISTAKES = [
     ]],
     *[(("available_node_types", node_type, "node_config"), value, f"available_node_types.{node_type}.node_config.{path}") for node_type, value, path in [
         ("worker", {"placement": "login_node"}, "placement"), ("head", {"placement": "login_node", "sbatch": {"mem": "1G"}}, "sbatch"),
+        ("head", {"sbatch_skip": ["chdir"]}, "sbatch_skip"), ("worker", {"sbatch_extra": ["--array=1-2"]}, "sbatch_extra"), ("worker", {"sbatch_extra": ["--nice=1\n#SBATCH --uid=0"]}, "sbatch_extra"),
         ("head", {"ray_start_args": ["--port=6379"]}, "ray_start_args"), ("head", {"ray_start_args": ["--temp-dir /x"]}, "ray_start_args"), ("worker", {"ray_start_args": ["--address", "x:1"]}, "ray_start_args"),
     ]],
     *[(("available_node_types", "head"), {"node_config": {"placement": "login_node"}, "resources": value}, f"available_node_types.head.resources.{path}") for value, path in [

@@ -24,6 +24,7 @@ def test_the_reference_page_is_made_from_the_models():
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)
     assert (ROOT / "docs" / "configuration.md").read_text() == maker.page()
+    assert (ROOT / "cluster_configs" / "full.yaml").read_text() == maker.full_yaml()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
