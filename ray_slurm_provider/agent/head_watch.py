@@ -9,6 +9,8 @@ from ray_slurm_provider.agent import network
 from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ray_slurm_provider.agent.spec import AgentSpec
 
 _CHECK_S = 5.0
@@ -31,8 +33,12 @@ class HeadWatch:
         self._next_check = 0.0
         self._refused_since: float | None = None
 
-    def why_not_start(self) -> str:
-        """Return why there is no point in starting, "" when the head can be reached."""
+    def why_not_start(self, signals: Sequence[int]) -> str:
+        """Return why there is no point in starting, "" when the head can be reached.
+
+        Args:
+            signals: Fills when the job is cancelled, which ends the waiting.
+        """
         head = f"the head {self._spec.head} at {self._spec.gcs_address}"
         deadline = time.monotonic() + _UNREACHABLE_S
         while True:
@@ -41,6 +47,8 @@ class HeadWatch:
                 return ""
             if state == "refused":
                 return f"{head} is gone"
+            if signals:
+                return "the job was cancelled while it waited for the head"
             if time.monotonic() > deadline:
                 return (
                     f"{head} cannot be reached from here: no route, or a firewall;"

@@ -120,33 +120,44 @@ class Supervisor:
     # -- before Ray -----------------------------------------------------------------------------
 
     def _prepare(self) -> tuple[list[str], dict[str, str]]:
+        """Take what Ray needs on this host, and return its command line and environment."""
         if importlib.util.find_spec("ray") is None:
             raise StartError(
                 f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there"
             )
         self._publish()
         try:
-            for path in sweep_temp_dirs(self._spec.temp_dir):
-                logger.info("removed %s, left behind by a job that was killed", path)
             resources = self._resources()
             address = self._choose_address()
-            temp_dir = self._temp_dir = self._take_temp_dir()
+            self._take_place(address)
         except ValueError as error:
             raise StartError(str(error)) from error
+        if not self._spec.is_head and (reason := self._head.why_not_start(self._signals)):
+            raise StartError(reason)
+        if self._spec.tls:
+            tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
+        return self._ray_start(resources)
+
+    def _take_place(self, address: str) -> None:
+        """Take a directory, ports and a socket on this host, and say which."""
+        for path in sweep_temp_dirs(self._spec.temp_dir):
+            logger.info("removed %s, left behind by a job that was killed", path)
+        temp_dir = self._temp_dir = self._take_temp_dir()
         names = ray_command.HEAD_PORTS if self._spec.is_head else ray_command.NODE_PORTS
         self._reserved = ports.reserve(names, self._spec.service_ports)
         self._publish(phase=STARTING, address=address, ports=dict(self._reserved.ports), temp_dir=str(temp_dir))
-        if not self._spec.is_head and (reason := self._head.why_not_start()):
-            raise StartError(reason)
-        self._listen(temp_dir)
-        if self._spec.tls:
-            tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
+        (temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+        path = Path(socket_path(str(temp_dir), self._node_id))
+        self._requests = Requests(path, self._paths.environment(self._node_id))
+
+    def _ray_start(self, resources: dict[str, int]) -> tuple[list[str], dict[str, str]]:
+        report = self._report
         go = read_json_object(self._paths.go(self._node_id.rpartition("-")[2])) or {}
-        command = ray_command.start_command(self._spec, address, self._report.ports, str(temp_dir))
+        command = ray_command.start_command(self._spec, report.address, report.ports, report.temp_dir)
         added = ray_command.start_environment(
-            self._spec, self._node_id, resources, self._report.gcs_address, str(temp_dir), self._report.ports, go
+            self._spec, self._node_id, resources, report.gcs_address, report.temp_dir, report.ports, go
         )
-        logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], address)
+        logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], report.address)
         # What the user's `env` says about Ray's own knobs wins.
         environment = {
             **added,
@@ -167,11 +178,6 @@ class Supervisor:
         if self._spec.login_node:
             return network.choose_login_address(self._spec.interface, self._slurm.node_addresses)
         return network.choose_address(self._spec.interface, self._report.slurm_node, self._slurm.node_address)
-
-    def _listen(self, temp_dir: Path) -> None:
-        (temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
-        path = Path(socket_path(str(temp_dir), self._node_id))
-        self._requests = Requests(path, self._paths.environment(self._node_id))
 
     @property
     def _authority(self) -> Path:

@@ -1,0 +1,92 @@
+"""When a worker believes that its head is gone, and when it only cannot tell."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_slurm_provider.agent import head_watch, network
+from ray_slurm_provider.agent.head_watch import HeadWatch
+from ray_slurm_provider.agent.spec import AgentSpec
+from ray_slurm_provider.reports import NodeReport, ReportPaths, write_report
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(head_watch.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(head_watch.time, "sleep", self.advance)
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def state(monkeypatch):
+    """What the head's port answers."""
+    answers = {"state": "open"}
+    monkeypatch.setattr(network, "connection_state", lambda *_: answers["state"])
+    return answers
+
+
+@pytest.fixture
+def watch(tmp_path, clock, state):
+    (tmp_path / "nodes").mkdir()
+    return HeadWatch(AgentSpec("c", "d", str(tmp_path), head="1-a", gcs_address="10.0.0.1:5"))
+
+
+def _head_says(tmp_path, node_id, phase):
+    write_report(ReportPaths(tmp_path), NodeReport(node_id, phase), head=True)
+
+
+def test_a_head_that_answers_is_there(watch):
+    assert watch.why_not_start([]) == ""
+    assert not watch.is_gone()
+
+
+def test_one_refusal_is_enough_before_the_start_and_not_later(watch, state, clock):
+    state["state"] = "refused"
+    assert "is gone" in watch.why_not_start([])
+    assert not watch.is_gone()
+    clock.advance(14)
+    assert not watch.is_gone()
+    clock.advance(6)
+    assert watch.is_gone()
+
+
+def test_a_head_that_comes_back_is_forgiven(watch, state, clock):
+    for answer in ("refused", "open", "refused"):
+        state["state"] = answer
+        clock.advance(10)
+        assert not watch.is_gone()
+
+
+def test_what_cannot_be_reached_is_not_gone_but_keeps_a_node_from_starting(watch, state, clock):
+    state["state"] = "unknown"
+    for _ in range(100):
+        clock.advance(60)
+        assert not watch.is_gone()
+    began = clock.now
+    assert "provider.slurm.interface" in watch.why_not_start([])
+    assert 15 < clock.now - began < 40
+
+
+def test_a_cancelled_job_does_not_wait_for_the_head(watch, state, clock):
+    state["state"] = "unknown"
+    began = clock.now
+    assert "cancelled" in watch.why_not_start([15])
+    assert clock.now - began < 2
+
+
+@pytest.mark.parametrize(("node_id", "phase"), [("1-a", "ended"), ("2-b", "ready")])
+def test_its_own_word_and_another_head_are_evidence(watch, clock, tmp_path, node_id, phase):
+    _head_says(tmp_path, "1-a", "ready")
+    clock.advance(10)
+    assert not watch.is_gone()
+    _head_says(tmp_path, node_id, phase)
+    clock.advance(10)
+    assert watch.is_gone()
