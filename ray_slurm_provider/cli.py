@@ -10,13 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+import yaml
 
 from ray_slurm_provider import __version__
 from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
-from ray_slurm_provider.cluster_yaml import open_cluster
+from ray_slurm_provider.cluster_yaml import load, open_cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.errors import SlurmProviderError
+from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
@@ -55,6 +57,16 @@ def render(config: Path, node_type: str) -> None:
     from ray_slurm_provider.bootstrap import script  # noqa: PLC0415 imports Ray, which takes a second
 
     click.echo(script(config, node_type), nl=False)
+
+
+@cli.command("migrate")
+@click.argument("config", metavar="OLD.yaml", type=click.Path(path_type=Path))
+def migrate_command(config: Path) -> None:
+    """Print a cluster YAML of Ray-SLURM-autoscaler in our form, and say what was left out."""
+    result = migrate(load(config))
+    click.echo(yaml.safe_dump(result.config, sort_keys=False), nl=False)
+    for note in result.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 @cli.command()

@@ -34,6 +34,7 @@ LAYERS = [
     {"backends.slurm_jobs", "backends.login_process"},
     {"backends.launch_script"},
     {"backends.base", "backends"},
+    {"migrate"},
     {"batch_script", "cluster_dir", "resources", "backoff"},
     {"config", "agent.__main__", "agent.ask"},
     {"sbatch_options"},
