@@ -26,7 +26,12 @@ from ray_slurm_provider.cluster_yaml import load
 from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.file_sync import is_shared
-from ray_slurm_provider.ray_contract import accelerator_names, cluster_schema, prepare_config
+from ray_slurm_provider.ray_contract import (
+    accelerator_names,
+    cluster_schema,
+    prepare_config,
+    silence_legacy_warnings,
+)
 from ray_slurm_provider.reports import ENDED
 
 if TYPE_CHECKING:
@@ -142,6 +147,7 @@ def resolve_file(path: Path) -> dict[str, Any]:
         _command_list(config.get(key, ""), key)
     if isinstance(config.get("max_workers"), bool) or not isinstance(config.get("max_workers"), int):
         raise ConfigError("max_workers", f"{config.get('max_workers')!r} is not allowed", "a whole number")
+    silence_legacy_warnings()
     return resolve(prepare_config(config))
 
 

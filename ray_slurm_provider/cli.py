@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shlex
 import sys
 from contextlib import suppress
@@ -57,6 +58,27 @@ def render(config: Path, node_type: str) -> None:
     from ray_slurm_provider.bootstrap import script  # noqa: PLC0415 imports Ray, which takes a second
 
     click.echo(script(config, node_type), nl=False)
+
+
+@cli.command()
+@_yaml
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def check(config: Path, as_json: bool) -> None:
+    """Tell whether `ray up` will work; exit code 1 when it will not. Nothing is submitted."""
+    from ray_slurm_provider.preflight import FAILURE, preflight  # noqa: PLC0415 imports Ray, which takes a second
+
+    failed = False
+    findings = []
+    for finding in preflight(config, os.environ):
+        failed |= finding.level == FAILURE
+        findings.append(finding.__dict__)
+        if not as_json:
+            advice = f"\n{'':19}-> {finding.advice}" if finding.advice else ""
+            click.echo(f"{finding.level:<8} {finding.check}: {finding.text}{advice}")
+    if as_json:
+        click.echo(json.dumps(findings, indent=1))
+    if failed:
+        raise SystemExit(1)
 
 
 @cli.command("migrate")

@@ -36,6 +36,7 @@ from ray_slurm_provider.ray_contract import (
     NodeProvider,
     cli_logger,
     readable,
+    silence_legacy_warnings,
 )
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ class SlurmNodeProvider(NodeProvider):
         _drop_config_cache(str(provider_config.get("_config_cache_path") or ""))
         self._torn_down: dict[str, set[str]] = {}
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
-        # With an external provider Ray fills in two empty legacy fields and warns of them in every round.
-        logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
+        silence_legacy_warnings()
 
     @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
@@ -283,7 +283,3 @@ def _category(error: SlurmProviderError) -> str:
     if isinstance(error, SubmitRejected):
         return f"slurm-{error.category}"[:19]
     return "slurm-unavailable" if isinstance(error, SlurmError) else "slurm-provider"
-
-
-def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
-    return "legacy field" not in record.getMessage()

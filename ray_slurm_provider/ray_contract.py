@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -46,6 +47,7 @@ __all__ = [
     "cluster_schema",
     "prepare_config",
     "readable",
+    "silence_legacy_warnings",
     "submitted_words",
 ]
 
@@ -64,6 +66,15 @@ def readable(method: Callable[P, T]) -> Callable[P, T]:
             raise click.ClickException(str(error)) from error
 
     return wrapped
+
+
+def silence_legacy_warnings() -> None:
+    """With an external provider Ray fills in two empty legacy fields, and warns of them each time it reads a YAML."""
+    logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
+
+
+def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
+    return "legacy field" not in record.getMessage()
 
 
 def submitted_words(arguments: list[str]) -> list[str]:

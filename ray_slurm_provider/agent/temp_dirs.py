@@ -46,12 +46,17 @@ def make_temp_dir(base: str, node_id: str) -> Path:
         ValueError: The path would be too long for Ray's sockets.
     """
     parent = _expanded(base)
-    excess = len(f"{parent}/{_PREFIX}12345678/{_RAYS}".encode()) - MAX_LENGTH
+    excess = excess_length(parent)
     if excess > 0:
         raise ValueError(f"temp_dir {parent!r} is {excess} bytes too long: Unix sockets below it would pass 107 bytes")
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)) / _RAYS
     join_temp_dir(path, node_id)
     return path
+
+
+def excess_length(parent: str) -> int:
+    """Return how many bytes a place is too long for Unix sockets below it; 0 or less when it is not."""
+    return len(f"{parent}/{_PREFIX}12345678/{_RAYS}".encode()) - MAX_LENGTH
 
 
 def join_temp_dir(path: Path, node_id: str) -> None:

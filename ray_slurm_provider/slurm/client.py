@@ -91,6 +91,30 @@ class SlurmClient:
         except ValueError as error:
             raise SlurmParseError(argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
 
+    def test_submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
+        """Return when and where a job could start, in sbatch's words; nothing is submitted (``--test-only``).
+
+        Raises:
+            SubmitRejected: SLURM says no.
+        """
+        argv = ["sbatch", "--test-only"]
+        try:
+            done = self.tools.run(argv, stdin=script, environ=environ)
+        except SlurmUnavailable:
+            raise
+        except SlurmError as error:
+            category = rejection_category(error.stderr)
+            raise SubmitRejected(argv, error.returncode or 1, error.stdout, error.stderr, category) from error
+        lines = (done.stderr + done.stdout).splitlines()
+        said = next((line for line in lines if "to start at" in line), "sbatch takes it")
+        return re.sub(r"^sbatch: Job \d+ ", "could start: ", said).replace("could start: to start", "could start")
+
+    def partitions(self) -> dict[str, dict[str, str]]:
+        """Return what ``scontrol show partition`` says of each partition, by name."""
+        lines = self.tools.run(["scontrol", "show", "partition", "-o"]).stdout.splitlines()
+        shown = [parse.parse_show(line) for line in lines]
+        return {facts["PartitionName"]: facts for facts in shown if "PartitionName" in facts}
+
     def cancel(self, job_ids: Iterable[str]) -> None:
         """End jobs; one that has ended already, or that nobody knows, is no error."""
         ids = list(job_ids)

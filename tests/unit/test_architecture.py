@@ -16,7 +16,7 @@ RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
 LAYERS = [
     {"cli"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
-    {"yaml_schema"},
+    {"preflight", "yaml_schema"},
     {"bootstrap", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
     {
         "ray_contract",
