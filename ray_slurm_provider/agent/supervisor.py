@@ -231,15 +231,18 @@ class Supervisor:
         while True:
             reason, code = self._run_ray(command, environment, wakeup)
             attempts -= 1
-            if self._restarting():
+            restarting = self._restarting()
+            if restarting:
                 logger.info("restarting Ray as asked; its workers do not survive that")
-                self._cancel_workers()
             elif attempts and self._lost_a_port():
                 logger.warning("somebody took a port in the meantime; trying others")
             else:
                 return reason, code
             self._publish(phase=STARTING)
             self._end_processes()
+            if restarting:
+                # Now that no autoscaler can ask for more.
+                self._cancel_workers()
             self._give_back()
             self._tail, self._raylet = b"", None
             command, environment = self._prepare()
