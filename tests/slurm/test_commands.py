@@ -222,6 +222,7 @@ def test_ray_client_connects_from_the_login_node(cluster):
     assert "NODES 1" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.same_by_ssh
 def test_tasks_run_on_workers_and_not_on_the_head(cluster, tmp_path):
     seen = cluster.run_on_head(tasks_script(tmp_path, 2))
     assert len({task["job"] for task in seen}) == 2
