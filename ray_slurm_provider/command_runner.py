@@ -199,25 +199,18 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _shell(self) -> Shell:
         """Return the way to the node."""
         settings, directory = self._cluster.settings, self._cluster.directory
-        exports = directory.reports.environment(self._node_id)
-        if not exports.exists():
+        exports, report = directory.reports.environment(self._node_id), directory.report(self._node_id)
+        if report is None or not exports.exists():
             raise click.ClickException(
                 f"Ray is not up on node {self._node_id}, or the cluster's directory was lost; see `ray-slurm logs`"
             )
-        seen, report = self._cluster.last_seen(self._node_id).seen, directory.report(self._node_id)
-        on_login_node = self._node_id.startswith(PREFIX)
-        if on_login_node and seen.place == host_name():
+        if self._on_this_host():
             return LocalShell(exports)
         if settings.command_runner == "ssh":
-            host = report.host if report is not None else seen.place
-            return SshShell(
-                exports,
-                ssh_arguments(host, self._auth, settings.ssh_args),
-                report.temp_dir if report else "/tmp",  # noqa: S108
-            )
-        if on_login_node:
+            return SshShell(exports, ssh_arguments(report.host, self._auth, settings.ssh_args), report.temp_dir)
+        if self._node_id.startswith(PREFIX):
             raise click.ClickException(
-                f"the head runs on {seen.place}, and this is {host_name()}: log in there, or set"
+                f"the head runs on {report.host}, and this is {host_name()}: log in there, or set"
                 " provider.slurm.command_runner: ssh"
             )
         return SrunShell(exports, self._cluster.slurm_client().tools.path_of("srun"), job_id_of(self._node_id))
@@ -276,10 +269,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     def _rewritten(self, cmd: str) -> str:
         """Replace the paths that Ray's own commands name by those of this cluster."""
-        if STOP_TAIL in cmd:
-            return cmd
-        cmd = cmd.replace(f"~/{_BOOTSTRAP}", shlex.quote(str(self._cluster.directory.bootstrap_config)))
-        return self._with_our_paths(cmd)
+        before, stop, after = cmd.partition(STOP_TAIL)
+        before = before.replace(f"~/{_BOOTSTRAP}", shlex.quote(str(self._cluster.directory.bootstrap_config)))
+        return self._with_our_paths(before) + stop + after
 
     def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)

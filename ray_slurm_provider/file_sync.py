@@ -96,9 +96,12 @@ def is_shared(path: str, shared: Path) -> bool:
         shared: A directory that is known to be shared.
     """
     place = _existing(Path(_expanded(path)))
-    if place.stat().st_dev == _existing(shared).stat().st_dev:
-        return True
-    return _type_of(place) not in _LOCAL_TYPES
+    return place.stat().st_dev == _existing(shared).stat().st_dev or not on_local_disk(place)
+
+
+def on_local_disk(path: Path) -> bool:
+    """Tell whether a path, or the place where it would be, is on a file system that only its host sees."""
+    return _type_of(_existing(path)) in _LOCAL_TYPES
 
 
 def _type_of(place: Path) -> str:

@@ -20,7 +20,7 @@ from ray_slurm_provider.bootstrap import resolve_file
 from ray_slurm_provider.cluster import Cluster, job_environment
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError
-from ray_slurm_provider.file_sync import is_shared
+from ray_slurm_provider.file_sync import on_local_disk
 from ray_slurm_provider.slurm.parse import parse_time_s
 
 if TYPE_CHECKING:
@@ -208,22 +208,21 @@ def _state_dir(site: Site) -> Iterator[Finding]:
         if not existed:
             with suppress(OSError):
                 directory.rmdir()
-    if is_shared(str(directory), directory) and not _seen_by_this_host_only(site, directory):
-        yield Finding("state_dir", OK, f"{directory} can be written and locked")
-    else:
+    if _seen_by_this_host_only(site, directory):
         yield Finding(
             "state_dir",
             WARNING,
             f"{directory} looks like a file system of this host alone",
             "a directory that login and compute nodes share",
         )
+    else:
+        yield Finding("state_dir", OK, f"{directory} can be written and locked")
 
 
 def _seen_by_this_host_only(site: Site, directory: Path) -> bool:
     """Tell whether a directory is on a local disk while there are compute nodes elsewhere."""
     everything_here = all(network.is_local(address) for address in _addresses_of_nodes(site))
-    # Asked about another directory than itself, so that only the type of its file system counts.
-    return not everything_here and not is_shared(str(directory), Path("/proc"))
+    return on_local_disk(directory) and not everything_here
 
 
 def _addresses_of_nodes(site: Site) -> list[str]:

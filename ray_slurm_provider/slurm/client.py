@@ -13,6 +13,7 @@ from ray_slurm_provider.slurm.process import SlurmTools
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from ray_slurm_provider.slurm.process import Completed
     from ray_slurm_provider.slurm.types import Job, JobEnd
 
 # sbatch's own words, and the category we give them; the first that fits wins.
@@ -75,21 +76,11 @@ class SlurmClient:
             SubmitRejected: SLURM says no.
             SlurmUnavailable: No answer. The job may exist all the same: look for it before trying again.
         """
-        argv = ["sbatch", "--parsable"]
-        try:
-            done = self.tools.run(argv, stdin=script, environ=environ)
-        except SlurmUnavailable:
-            raise
-        except SlurmError as error:
-            if error.returncode is None:
-                raise
-            raise SubmitRejected(
-                argv, error.returncode, error.stdout, error.stderr, rejection_category(error.stderr)
-            ) from error
+        done = self._sbatch("--parsable", script, environ)
         try:
             return parse.parse_submitted(done.stdout)
         except ValueError as error:
-            raise SlurmParseError(argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
+            raise SlurmParseError(done.argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
 
     def test_submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
         """Return when and where a job could start, in sbatch's words; nothing is submitted (``--test-only``).
@@ -97,17 +88,22 @@ class SlurmClient:
         Raises:
             SubmitRejected: SLURM says no.
         """
-        argv = ["sbatch", "--test-only"]
-        try:
-            done = self.tools.run(argv, stdin=script, environ=environ)
-        except SlurmUnavailable:
-            raise
-        except SlurmError as error:
-            category = rejection_category(error.stderr)
-            raise SubmitRejected(argv, error.returncode or 1, error.stdout, error.stderr, category) from error
+        done = self._sbatch("--test-only", script, environ)
         lines = (done.stderr + done.stdout).splitlines()
         said = next((line for line in lines if "to start at" in line), "sbatch takes it")
         return re.sub(r"^sbatch: Job \d+ ", "could start: ", said).replace("could start: to start", "could start")
+
+    def _sbatch(self, option: str, script: str, environ: Mapping[str, str] | None) -> Completed:
+        argv = ["sbatch", option]
+        try:
+            return self.tools.run(argv, stdin=script, environ=environ)
+        except SlurmUnavailable:
+            raise
+        except SlurmError as error:
+            if error.returncode is None:
+                raise
+            category = rejection_category(error.stderr)
+            raise SubmitRejected(argv, error.returncode, error.stdout, error.stderr, category) from error
 
     def partitions(self) -> dict[str, dict[str, str]]:
         """Return what ``scontrol show partition`` says of each partition, by name."""

@@ -442,9 +442,10 @@ def test_all_clusters_are_listed_wherever_their_directory_is(cluster):
 
 
 def test_stop_ends_the_cluster_after_the_command_and_passes_its_exit_code_on(cluster):
-    done = _exec(cluster, "echo last words; (exit 4)", "--stop")
+    done = _exec(cluster, "ls /tmp/ray/session_latest/logs; echo last words; (exit 4)", "--stop")
     assert done.returncode == 4
     assert "last words" in done.stdout
+    assert "monitor.log" in done.stdout
     wait_for(lambda: cluster.head() is None and not cluster.jobs(), 60, "the end of the cluster")
     cluster.wait_until_no_process_is_left(30)
     cluster.down()
