@@ -36,13 +36,13 @@ class JobSpec:
 
     Attributes:
         job_name: Name in squeue.
-        comment: The birth certificate.
+        comment: The birth certificate; "" where it is in a file.
         token: The launch token in it.
         node_type: The Ray node type.
         cluster_dir: The cluster's directory.
         options: The sbatch options of the YAML.
         skip: Names of options to leave out.
-        extra: Further directives, as they stand behind ``#SBATCH``.
+        extra: Further directives, each with its value or True.
         steps: What to run first: where it stands in the YAML, and the command.
         env: Environment variables.
         python: Interpreter for the agent; "" to take the one that the steps leave on PATH.
@@ -50,6 +50,7 @@ class JobSpec:
         wait_for_go: Whether to wait until `ray up` has put everything in place (the head does).
         drain_s: Seconds before the time limit at which the agent is told; 0 for never.
         agent: What the agent needs to know, as JSON.
+        module: What to become in place of the agent; "" for the agent.
     """
 
     job_name: str
@@ -59,7 +60,7 @@ class JobSpec:
     cluster_dir: Path
     options: SbatchOptions
     skip: Sequence[str] = ()
-    extra: Sequence[str] = ()
+    extra: Sequence[tuple[str, bool | str]] = ()
     steps: Sequence[tuple[str, str]] = ()
     env: Mapping[str, str | int | float] = field(default_factory=dict)
     python: str = ""
@@ -67,6 +68,7 @@ class JobSpec:
     wait_for_go: bool = False
     drain_s: int = 0
     agent: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
 
 
 def render(spec: JobSpec) -> str:
@@ -76,7 +78,7 @@ def render(spec: JobSpec) -> str:
         ConfigError: A value cannot stand in a directive.
     """
     directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
-    directives += [f"#SBATCH {text}" for text in spec.extra]
+    directives += [_directive(name, value) for name, value in spec.extra]
     return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *_body(spec)])
 
 
@@ -111,7 +113,7 @@ def _body(spec: JobSpec) -> list[str]:
         *([f'ray_slurm_wait_for_go "$RAY_SLURM_DIR/nodes/{spec.token}.go"'] if spec.wait_for_go else []),
         *(f"export {name}={shlex.quote(str(value))}" for name, value in sorted(spec.env.items())),
         *(f"ray_slurm_step {shlex.quote(where)} {shlex.quote(command)}" for where, command in spec.steps),
-        f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(agent)}",
+        f"ray_slurm_become_agent {shlex.quote(spec.python)} {shlex.quote(agent)} {spec.module}".rstrip(),
         "",
     ]
 
@@ -120,7 +122,7 @@ def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
     """Return every directive by sbatch's long name."""
     log = str(spec.cluster_dir / "logs").replace("%", "%%") + "/%A-" + spec.token + ".log"
     ours: dict[str, bool | int | str] = {
-        "comment": spec.comment,
+        **({"comment": spec.comment} if spec.comment else {}),
         "job-name": spec.job_name,
         "no-requeue": True,
         "nodes": 1,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ import jsonschema
 
 from ray_slurm_provider import resources
 from ray_slurm_provider.agent.ports import port_range
-from ray_slurm_provider.agent.ray_command import WORKER_PORTS_BESIDES_TASKS
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PORTS_BESIDES_TASKS
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
-from ray_slurm_provider.cluster_yaml import load
+from ray_slurm_provider.cluster_yaml import load, settings_of
 from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.file_sync import is_shared
@@ -33,11 +34,12 @@ from ray_slurm_provider.ray_contract import (
     silence_legacy_warnings,
 )
 from ray_slurm_provider.reports import ENDED
+from ray_slurm_provider.site_file import check_node_config, read_site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ray_slurm_provider.config import NodeConfig
+    from ray_slurm_provider.config import NodeConfig, SlurmSettings
 
 _REFUSED = "refused"
 # `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.
@@ -70,6 +72,8 @@ _PROVIDER_KEYS = frozenset({"type", "module", "slurm", "_config_cache_path", *_P
 
 def fill_out(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration complete, or a stub that `bootstrap` refuses."""
+    if _is_resolved(config) and os.environ.get(GCS_ADDRESS_VARIABLE):
+        return config  # the head's autoscaler reads what `ray up` has resolved
     try:
         return resolve(config)
     except ConfigError as error:
@@ -103,13 +107,15 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: It holds a mistake.
     """
-    if _is_resolved(config):
-        return config
     config = {**_DEFAULTS, **copy.deepcopy(config)}
     check_cluster_name(config.get("cluster_name"))
     provider = config["provider"]
     _check_provider_keys(provider)
-    settings = read_settings(provider.get("slurm"))
+    _refuse_resolved(config)
+    settings = settings_of(config)
+    site = read_site()
+    if site is not None:
+        site.complete(config)
     provider["slurm"] = {
         **settings.model_dump(exclude_none=True),
         "state_dir": str(settings.directory()),
@@ -127,6 +133,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     names = accelerator_names()
     for name, node_type in types.items():
         _resolve_type(config, str(name), node_type, names)
+    _check_site_rules(config, settings)
     for key in ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"):
         config[key] = []
     config["head_start_ray_commands"] = list(_HEAD_START)
@@ -141,7 +148,15 @@ def resolve_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The YAML holds a mistake.
     """
-    config = load(path)
+    return resolve_written(load(path))
+
+
+def resolve_written(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration that `ray up` would work with, from a YAML that was read.
+
+    Raises:
+        ConfigError: It holds a mistake.
+    """
     for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
         # Ray reads these before it asks us, and ends with a bare KeyError.
         _command_list(config.get(key, ""), key)
@@ -226,6 +241,30 @@ def ignored_start_commands(config: dict[str, Any]) -> list[str]:
         for command in config.get(key) or []
         if isinstance(command, str) and command.strip() not in usual
     ]
+
+
+def _check_site_rules(config: dict[str, Any], settings: SlurmSettings) -> None:
+    if settings.site is None:
+        return
+    for name, entry in config["available_node_types"].items():
+        path = f"available_node_types.{name}.node_config"
+        check_node_config(settings.site, settings, read_node_config(entry["node_config"], path), path)
+    head = config["available_node_types"][config["head_node_type"]]
+    is_job = head["node_config"]["placement"] == "slurm"
+    if isinstance(config["max_workers"], int):
+        settings.site.check_nodes(config["max_workers"] + is_job, "max_workers")
+
+
+def _refuse_resolved(config: dict[str, Any]) -> None:
+    types = config.get("available_node_types")
+    for name, entry in types.items() if isinstance(types, dict) else ():
+        node_config = entry.get("node_config") if isinstance(entry, dict) else None
+        if isinstance(node_config, dict) and "resolved" in node_config:
+            raise ConfigError(
+                f"available_node_types.{name}.node_config.resolved",
+                "unknown key",
+                "it is filled in by the provider, never by hand",
+            )
 
 
 def _is_resolved(config: dict[str, Any]) -> bool:

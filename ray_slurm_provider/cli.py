@@ -18,7 +18,9 @@ from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_
 from ray_slurm_provider.cluster_yaml import load, open_cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import SlurmSettings
+from ray_slurm_provider.deployment.commands import deploy
 from ray_slurm_provider.errors import SlurmProviderError
+from ray_slurm_provider.findings import FAILURE
 from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
@@ -34,6 +36,8 @@ def cli() -> None:
 
 
 cli.add_command(sandbox)
+cli.add_command(deploy)
+
 
 _yaml = click.argument("config", metavar="CLUSTER.yaml", type=click.Path(path_type=Path))
 
@@ -62,14 +66,19 @@ def render(config: Path, node_type: str) -> None:
 
 @cli.command()
 @_yaml
+@click.option("--fast", is_flag=True, help="Submit nothing: ask this host and SLURM only.")
+@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait for the small jobs that look around.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def check(config: Path, as_json: bool) -> None:
-    """Tell whether `ray up` will work; exit code 1 when it will not. Nothing is submitted."""
-    from ray_slurm_provider.preflight import FAILURE, preflight  # noqa: PLC0415 imports Ray, which takes a second
+def check(config: Path, fast: bool, wait: float, as_json: bool) -> None:
+    """Tell whether `ray up` will work; exit code 1 when it will not.
+
+    A small job of each node type looks around on the compute nodes, and is gone again at the end.
+    """
+    from ray_slurm_provider.preflight import preflight  # noqa: PLC0415 imports Ray, which takes a second
 
     failed = False
     findings = []
-    for finding in preflight(config, os.environ):
+    for finding in preflight(config, os.environ, None if fast else wait):
         failed |= finding.level == FAILURE
         findings.append(finding.__dict__)
         if not as_json:

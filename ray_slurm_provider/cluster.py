@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, V2_VARIABLE
 from ray_slurm_provider.backends.base import Launch
-from ray_slurm_provider.backends.launch_script import preview_script
+from ray_slurm_provider.backends.launch_script import canary_script, preview_script
+from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
+from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
 from ray_slurm_provider.nodes import TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED, READY
+from ray_slurm_provider.site_file import rules_in_force
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
@@ -85,9 +88,11 @@ class Cluster:
         self._environ = dict(os.environ if environ is None else environ)
         self._clock = clock
         self._backend = backend or Places(
-            SlurmJobs(self.slurm_client(), name, self.directory.fingerprint), LoginProcess(self.directory, name)
+            SlurmJobs(self.slurm_client(), name, self.directory.fingerprint, BirthRecords(self.directory.births)),
+            LoginProcess(self.directory, name),
         )
         self._lock = threading.Lock()
+        self._creating = threading.Lock()
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
         self._unlisted: set[str] = set()
@@ -95,7 +100,10 @@ class Cluster:
 
     def slurm_client(self) -> SlurmClient:
         """Return a way to SLURM with this cluster's settings."""
-        return SlurmClient(SlurmTools(self.settings.slurm_bin or "", self.settings.command_timeout_s, self._environ))
+        settings = self.settings
+        return SlurmClient(
+            SlurmTools(settings.slurm_bin or "", settings.command_timeout_s, self._environ, settings.clusters or "")
+        )
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -185,21 +193,41 @@ class Cluster:
         """
         if self.directory.stopping:
             raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
-        head = self._environ.get(_INSTANCE_VARIABLE, "")
-        gcs_address = self._environ.get(GCS_ADDRESS_VARIABLE, "")
-        if not (head and gcs_address):
+        if not (self._environ.get(_INSTANCE_VARIABLE) and self._environ.get(GCS_ADDRESS_VARIABLE)):
             raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
-        report = self.directory.report(head)
+        report = self.directory.report(self._environ[_INSTANCE_VARIABLE])
         if report is not None and report.phase == ENDED:
-            raise StateError(f"the head {head} is ending; nothing is submitted")
+            raise StateError(f"the head {report.node_id} is ending; nothing is submitted")
         reason = self._backoff.why_not_now(node_type)
         if reason:
             raise StateError(reason)
+        with self._creating:
+            fitting = self._fitting(count)
+            made = self._submit(node_type, config, tags, fitting)
+        if fitting < count:
+            raise StateError(
+                f"{count - fitting} jobs of type {node_type} have to wait: no more than"
+                f" {self.settings.max_queued_jobs} of the cluster may be in the queue (max_queued_jobs)"
+            )
+        return made
+
+    def _fitting(self, count: int) -> int:
+        """Return how many of some jobs may be put into the queue now."""
+        most = self.settings.max_queued_jobs
+        if most is None:
+            return count
+        return max(0, min(count, most - sum(node.seen.queued for node in self.nodes().values())))
+
+    def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
+        rules = rules_in_force(self.settings)
+        if rules is not None and count:
+            in_slurm = [node_id for node_id in self.nodes() if not node_id.startswith(LOGIN_PREFIX)]
+            rules.check_nodes(len(in_slurm) + count, f"available_node_types.{node_type}")
         environ = self.directory.environment() or job_environment(self._environ)
         launch = replace(
             self._launch(node_type, config, tags, environ),
-            head=head,
-            gcs_address=gcs_address,
+            head=self._environ[_INSTANCE_VARIABLE],
+            gcs_address=self._environ[GCS_ADDRESS_VARIABLE],
             head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
             autoscaler_v1=self._environ.get(V2_VARIABLE) == "0",
         )
@@ -211,6 +239,11 @@ class Cluster:
         if not head:
             launch = replace(launch, head="HEAD", gcs_address="HEAD_ADDRESS:PORT")
         return preview_script(launch)
+
+    def canary(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
+        """Return the batch script of a job that looks around where a node of this type would run."""
+        launch = self._launch(node_type, config, {TAG_TYPE: node_type}, {})
+        return canary_script(launch if head else replace(launch, head="HEAD"))
 
     def terminate(self, node_ids: list[str]) -> None:
         """End nodes; a node that has ended already is no error.

@@ -13,6 +13,7 @@
     tls/                        the cluster's authority and the login nodes' certificates, 0700
     submit_env.json             the environment of `ray up`, for the workers' jobs, 0600
     stopping                    there while `ray down` runs
+    births/<token>.birth        birth certificates, where the site owns the comment of jobs
     logs/<node id>.log          output of each job
 
 What exists is SLURM's to say: this directory may be lost, and the nodes are still found.
@@ -103,6 +104,11 @@ class ClusterDir:
     def bootstrap_config(self) -> Path:
         """Where Ray's autoscaler reads its configuration."""
         return self.root / _BOOTSTRAP_CONFIG
+
+    @property
+    def births(self) -> Path:
+        """Where birth certificates are that no comment holds."""
+        return self.root / "births"
 
     @property
     def token_file(self) -> Path:

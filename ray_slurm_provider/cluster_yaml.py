@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ray_slurm_provider.cluster import Cluster
-from ray_slurm_provider.config import check_cluster_name, read_settings
+from ray_slurm_provider.config import SlurmSettings, check_cluster_name, read_settings
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.site_file import read_site
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,4 +39,22 @@ def open_cluster(path: Path) -> Cluster:
         ConfigError: These hold a mistake.
     """
     config = load(path)
-    return Cluster(check_cluster_name(config.get("cluster_name")), read_settings(config["provider"].get("slurm")))
+    return Cluster(check_cluster_name(config.get("cluster_name")), settings_of(config))
+
+
+def settings_of(config: dict[str, Any]) -> SlurmSettings:
+    """Return ``provider.slurm`` of a YAML as a person wrote it, completed by what the site says.
+
+    Raises:
+        ConfigError: It holds a mistake, or the site does not allow it.
+    """
+    section = config["provider"].get("slurm")
+    for name, field in SlurmSettings.model_fields.items():
+        if isinstance(section, dict) and name in section and field.json_schema_extra:
+            raise ConfigError(f"provider.slurm.{name}", "unknown key", "it is filled in by the provider, never by hand")
+    site = read_site()
+    if site is None or not (section is None or isinstance(section, dict)):
+        return read_settings(section)
+    settings = read_settings(site.complete_settings(section or {}))
+    site.check_state_dir(settings)
+    return settings

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ray_slurm_provider import procfs
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, read_certificate
+from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.reports import READY
@@ -18,6 +19,7 @@ from ray_slurm_provider.reports import READY
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ray_slurm_provider.birth_certificate import BirthCertificate
     from ray_slurm_provider.slurm.client import SlurmClient
     from ray_slurm_provider.slurm.types import Job
 
@@ -48,7 +50,7 @@ class ClusterRow:
 
 @dataclass
 class _Found:
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[tuple[BirthCertificate, Job]] = field(default_factory=list)
     directory: ClusterDir | None = None
 
 
@@ -63,16 +65,19 @@ def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
         SlurmError: SLURM does not answer; nothing is known then.
     """
     found: dict[tuple[str, str], _Found] = defaultdict(_Found)
+    roots = {*_directories_of_processes(), *_directories_in(state_dir)}
+    directories = [ClusterDir(root.parent, root.name) for root in roots]
+    births = [BirthRecords(directory.births) for directory in directories if directory.births.is_dir()]
+    for directory in directories:
+        found[directory.root.name, directory.fingerprint].directory = directory
     for job in client.jobs():
-        certificate = read_certificate(job.comment)
+        in_files = (record for known in births if (record := known.of_job(job.name)) is not None)
+        certificate = read_certificate(job.comment) or next(in_files, None)
         if certificate is not None and job.alive:
-            found[certificate.cluster, certificate.home].jobs.append(job)
-    for root in {*_directories_of_processes(), *_directories_in(state_dir)}:
-        directory = ClusterDir(root.parent, root.name)
-        found[root.name, directory.fingerprint].directory = directory
+            found[certificate.cluster, certificate.home].jobs.append((certificate, job))
     for (name, _), entry in found.items():
         if entry.directory is None:
-            entry.directory = _directory_of(client, entry.jobs[0], name)
+            entry.directory = _directory_of(client, entry.jobs[0][1], name)
     return [_row(name, found[name, home]) for name, home in sorted(found)]
 
 
@@ -100,9 +105,8 @@ def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None
 
 def _row(name: str, entry: _Found) -> ClusterRow:
     directory = entry.directory
-    jobs = [(certificate, job) for job in entry.jobs if (certificate := read_certificate(job.comment)) is not None]
-    heads = [(certificate.node_id(job.job_id), job.queued) for certificate, job in jobs if not certificate.head]
-    workers = [job for certificate, job in jobs if certificate.head]
+    heads = [(certificate.node_id(job.job_id), job.queued) for certificate, job in entry.jobs if not certificate.head]
+    workers = [job for certificate, job in entry.jobs if certificate.head]
     unknown = False
     try:
         login = LoginProcess(directory, name).sightings() if directory is not None else []

@@ -213,7 +213,8 @@ class SlurmCommandRunner(CommandRunnerInterface):
                 f"the head runs on {report.host}, and this is {host_name()}: log in there, or set"
                 " provider.slurm.command_runner: ssh"
             )
-        return SrunShell(exports, self._cluster.slurm_client().tools.path_of("srun"), job_id_of(self._node_id))
+        tools = self._cluster.slurm_client().tools
+        return SrunShell(exports, tools.path_of("srun"), job_id_of(self._node_id), tools.cluster)
 
     def _agent_socket(self) -> str:
         report = self._cluster.directory.report(self._node_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pwd
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -17,8 +18,14 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from ray_slurm_provider.agent.ports import port_range
 from ray_slurm_provider.agent.ray_command import HEAD_PORTS, OWN_FLAGS
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.fields import Line, PortRange, Section, ShellLine, not_bool
-from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SKIPPABLE_OPTIONS, SbatchOptions
+from ray_slurm_provider.fields import Count, Line, PortRange, Section, ShellLine, not_bool
+from ray_slurm_provider.sbatch_options import (
+    PROTECTED_OPTIONS,
+    SKIPPABLE_OPTIONS,
+    SbatchOptions,
+    split_directive,
+)
+from ray_slurm_provider.site_rules import Requested, SiteRules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,12 +131,21 @@ class SlurmSettings(Section):
     epilogue: list[ShellLine] = []
     """Shell lines that run last in every node, when Ray has ended; SLURM gives them KillWait seconds when a job is
     cancelled."""
+    max_queued_jobs: Count | None = None
+    """Most jobs of this cluster that may wait in the queue at a time; more are submitted when some have started."""
+    birth_record: Literal["comment", "file"] = "comment"
+    """Where a job's birth certificate is: in its comment, or, where the site owns the comment, in a file and the job's
+    name."""
+    clusters: Line | None = None
+    """Name of the SLURM cluster, where one set of tools speaks to several (``--clusters``)."""
     drain_s: Annotated[int, Field(ge=0, le=3600)] = 60
     """Seconds before the time limit at which Ray is told to move its work away; 0 to be surprised."""
     command_timeout_s: Annotated[int, Field(ge=1)] = 60
     """Seconds after which a SLURM command that gives no answer counts as failed."""
     default_python: Line | None = Field(default=None, json_schema_extra={"internal": True})
     """The interpreter that ran ``ray up``; filled in by the provider, never by hand."""
+    site: SiteRules | None = Field(default=None, json_schema_extra={"internal": True})
+    """What the site allows; filled in by the provider, never by hand."""
 
     def directory(self) -> Path:
         """Return state_dir with ``~`` and variables expanded.
@@ -137,7 +153,7 @@ class SlurmSettings(Section):
         Raises:
             ConfigError: It is not absolute then.
         """
-        path = os.path.expanduser(os.path.expandvars(self.state_dir))  # noqa: PTH111 variables may hold "~"
+        path = expanded(self.state_dir)
         if not os.path.isabs(path):  # noqa: PTH117
             raise ConfigError(
                 "provider.slurm.state_dir", f"{path!r} is not absolute", "an absolute path, or one with ~"
@@ -145,24 +161,59 @@ class SlurmSettings(Section):
         return Path(os.path.normpath(path))
 
 
+def expanded(path: str) -> str:
+    """Return a path with ``~`` and variables expanded; ``$USER`` is who it really is, whatever the shell says."""
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = os.environ.get("USER", str(os.getuid()))
+    named = re.sub(r"\$(USER\b|\{USER\})", lambda _: user, path)
+    return os.path.expanduser(os.path.expandvars(named))  # noqa: PTH111 variables may hold "~"
+
+
 Model = TypeVar("Model", bound=Section)
 
 
-def read_settings(section: Any) -> SlurmSettings:
+def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
     """Return ``provider.slurm`` as a model.
+
+    Args:
+        section: What the YAML holds there.
+        path: Its YAML path, for the error.
 
     Raises:
         ConfigError: It holds a mistake.
     """
-    settings = _read(SlurmSettings, {} if section is None else section, "provider.slurm")
+    settings = read_section(SlurmSettings, {} if section is None else section, path)
     settings.directory()
     for name in ("python", "slurm_bin"):
         value = getattr(settings, name)
         if value is not None and not Path(value).expanduser().is_absolute():
-            raise ConfigError(f"provider.slurm.{name}", f"{value!r} is not absolute", "an absolute path")
+            raise ConfigError(f"{path}.{name}", f"{value!r} is not absolute", "an absolute path")
     _check_ports(settings.ports)
-    _check_directives(settings, "provider.slurm")
+    _check_directives(settings, path)
     return settings
+
+
+def requested_options(settings: SlurmSettings, config: NodeConfig, path: str) -> list[Requested]:
+    """Return all sbatch options that a node type asks for, as sbatch would see them.
+
+    Args:
+        settings: ``provider.slurm``.
+        config: The ``node_config``.
+        path: Its YAML path.
+    """
+    skipped = {name.replace("-", "_") for name in (*settings.sbatch_skip, *config.sbatch_skip)}
+    result = [
+        Requested(f"{path}.sbatch.{name}", name, value)
+        for name, value in config.sbatch.chosen().items()
+        if name not in skipped
+    ]
+    for where, extra in (("provider.slurm", settings.sbatch_extra), (path, config.sbatch_extra)):
+        for directive in extra:
+            name, value = split_directive(directive)
+            result.append(Requested(f"{where}.sbatch_extra", name.replace("-", "_"), value))
+    return result
 
 
 def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:
@@ -173,10 +224,13 @@ def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:
             problem = f"{name} cannot be left out: {reason}" if reason else f"{name!r} is no option of the script"
             raise ConfigError(f"{path}.sbatch_skip", problem, f"{', '.join(sorted(SKIPPABLE_OPTIONS))}, mem, ...")
     for directive in section.sbatch_extra:
-        match = re.match(r"--([a-z][a-z-]*)(=|$)", directive)
-        if match is None:
-            raise ConfigError(f"{path}.sbatch_extra", f"{directive!r} is not allowed", "--name or --name=value")
-        _refuse_protected(match.group(1), f"{path}.sbatch_extra")
+        try:
+            name, _ = split_directive(directive)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}.sbatch_extra", f"{directive!r} {error}", "one option in each line of the list"
+            ) from None
+        _refuse_protected(name, f"{path}.sbatch_extra")
 
 
 def _check_ports(ports: Ports) -> None:
@@ -207,7 +261,7 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
     if isinstance(options, dict):
         for key in options:
             _refuse_protected(str(key), f"{path}.sbatch.{key}")
-    config = _read(NodeConfig, {} if section is None else section, path)
+    config = read_section(NodeConfig, {} if section is None else section, path)
     _check_directives(config, path)
     for argument in config.ray_start_args:
         flag = re.split(r"[=\s]", argument)[0]
@@ -220,7 +274,7 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
     for name in config.env:
         if not _VARIABLE.fullmatch(name):
             raise ConfigError(f"{path}.env", f"{name!r} is not a variable name", "letters, digits and _")
-        if name in PROTECTED_VARIABLES or name.startswith("SLURM_"):
+        if name in PROTECTED_VARIABLES or name.startswith(("SLURM_", "RAY_SLURM_")):
             raise ConfigError(f"{path}.env.{name}", "the job sets this variable itself", "any other variable")
         if "\0" in str(config.env[name]):
             raise ConfigError(f"{path}.env.{name}", "holds a NUL character", "a text")
@@ -248,7 +302,12 @@ def _refuse_protected(key: str, path: str) -> None:
         raise ConfigError(path, f"the provider sets this option itself: {reason}", "any other option of sbatch")
 
 
-def _read(model: type[Model], section: Any, path: str) -> Model:
+def read_section(model: type[Model], section: Any, path: str) -> Model:
+    """Return a section of a YAML as a model.
+
+    Raises:
+        ConfigError: It holds a mistake.
+    """
     if not isinstance(section, dict):
         raise ConfigError(path, f"is {_kind(section)}", "a mapping of keys to values")
     try:

@@ -4,6 +4,7 @@
 
     SlurmProviderError
       ConfigError          a mistake in the YAML: where, what, what is allowed
+        SiteRuleError        a rule of the site does not allow it
       SlurmError           a SLURM tool failed: argv, exit code, both streams
         SlurmNotFound        the tool or the SLURM configuration is missing here
         SlurmUnavailable     the controller or munge did not answer; try again
@@ -12,6 +13,7 @@
       StateError           the cluster directory cannot be read or written
       NodeNotFound         a node id that this cluster does not know
       HeadFailed           the head's job ended before Ray answered
+      DeployError          no cluster YAML can be made for this site
       SandboxError         the sandbox could not be started or stopped
 
 The first line of a message says what happened, the following ones what to do.
@@ -43,6 +45,24 @@ class ConfigError(SlurmProviderError):
         self.problem = problem
         self.allowed = allowed
         super().__init__(f"{path}: {problem}" + (f"\n  allowed: {allowed}" if allowed else ""))
+
+
+class SiteRuleError(ConfigError):
+    """A rule of the site does not allow what a cluster YAML asks for.
+
+    Args:
+        path: Where, as a YAML path.
+        problem: What is not allowed there.
+        rule: The rule, the site's name and its file.
+        allowed: What the rule allows; may be empty.
+        contact: Whom to ask; may be empty.
+    """
+
+    def __init__(self, path: str, problem: str, rule: str, allowed: str = "", contact: str = "") -> None:
+        self.rule = rule
+        super().__init__(path, f"{problem}: {rule}", allowed)
+        if contact:
+            self.args = (f"{self.args[0]}\n  questions: {contact}",)
 
 
 class SlurmError(SlurmProviderError):
@@ -117,6 +137,10 @@ class NodeNotFound(SlurmProviderError):
 
 class HeadFailed(SlurmProviderError):
     """The head's job ended, or cannot start, before Ray answered there."""
+
+
+class DeployError(SlurmProviderError):
+    """No cluster YAML can be made for this site, or not where it was wanted."""
 
 
 class SandboxError(SlurmProviderError):

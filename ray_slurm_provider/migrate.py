@@ -7,6 +7,7 @@ three ports in ``provider``.
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,7 @@ def _sbatch(name: str, lines: list[str], resources: Mapping[str, Any], notes: li
         elif key in SbatchOptions.model_fields and (typed := _typed(key, value)) is not None:
             options[key] = typed
         elif option.startswith("--"):
-            extra.append(f"{option}={value}" if value else option)
+            extra.append(f"{option}={_quoted(value)}" if value else option)
         else:
             notes.append(f"node type {name}: {option} {value} is not known and was left out")
     if resources.get("CPU"):
@@ -154,6 +155,12 @@ def _sbatch(name: str, lines: list[str], resources: Mapping[str, Any], notes: li
     if resources.get("GPU") and not {"gres", "gpus", "gpus_per_node", "gpus_per_task"} & set(options):
         options["gres"] = f"gpu:{int(resources['GPU'])}"
     return {"sbatch": options, **({"sbatch_extra": extra} if extra else {})}
+
+
+def _quoted(value: str) -> str:
+    if not re.search(r"[\s'\"\\#]", value):
+        return value
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _directives(line: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
-"""Whether `ray up` will work, found out on the login node before anything is submitted.
+"""Whether `ray up` will work, found out on the login node before a head is submitted.
 
-Each check is a function that yields findings; one that cannot be made is a finding too.
+Each check is a function that yields findings; one that cannot be made is a finding too. What only the compute nodes
+know is asked by `canaries`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from filelock import FileLock, Timeout
 
 from ray_slurm_provider.agent import network, temp_dirs
 from ray_slurm_provider.bootstrap import resolve_file
+from ray_slurm_provider.canaries import NodeTypeJob, look_around
 from ray_slurm_provider.cluster import Cluster, job_environment
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError
 from ray_slurm_provider.file_sync import on_local_disk
+from ray_slurm_provider.findings import FAILURE, FEW_FILES, OK, WARNING, Finding
 from ray_slurm_provider.slurm.parse import parse_time_s
 
 if TYPE_CHECKING:
@@ -29,28 +32,8 @@ if TYPE_CHECKING:
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
     from ray_slurm_provider.slurm.client import SlurmClient
 
-OK, WARNING, FAILURE = "ok", "warning", "failure"
 _TOOLS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
-# Ray wants more, and says so (docs.ray.io, "Ray cluster: ulimit").
-_FEW_FILES = 4096
 _LOCK_S = 5.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        check: What was looked at.
-        level: `OK`, `WARNING` or `FAILURE`.
-        text: What was found.
-        advice: What to do about it; "" when all is well.
-    """
-
-    check: str
-    level: str
-    text: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,12 +67,13 @@ class Site:
                 yield name, node_config
 
 
-def preflight(path: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
+def preflight(path: Path, environ: Mapping[str, str], canary_wait_s: float | None = None) -> Iterator[Finding]:
     """Yield what every check of a YAML finds; the first failure of the basic ones ends it.
 
     Args:
         path: The YAML.
         environ: The environment of `ray up`.
+        canary_wait_s: How long to wait for jobs that look around on the compute nodes, seconds; None for no jobs.
     """
     try:
         config = resolve_file(path)
@@ -106,14 +90,28 @@ def preflight(path: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
             return
     for check in (_partitions, _submissions, _state_dir, _python, _address, _temp_dir, _programs, _limits):
         yield from _guarded(check, site)
+    if canary_wait_s is not None:
+        yield from _guarded(lambda site: _canaries(site, canary_wait_s), site, "canaries")
 
 
-def _guarded(check: Callable[[Site], Iterator[Finding]], site: Site) -> Iterator[Finding]:
+def _canaries(site: Site, wait_s: float) -> Iterator[Finding]:
+    """Have jobs look around; those that sbatch refuses are told of already."""
+    head = site.config["head_node_type"]
+    kinds = [
+        NodeTypeJob(name, node_config, is_head=name == head)
+        for name, node_config in site.jobs()
+        if _submission(site, name, node_config).level == OK
+    ]
+    if kinds:
+        yield from look_around(site.settings, kinds, site.environ, wait_s)
+
+
+def _guarded(check: Callable[[Site], Iterator[Finding]], site: Site, name: str = "") -> Iterator[Finding]:
     """Yield what a check finds; that it could not be made is a finding too."""
     try:
         yield from check(site)
     except (SlurmProviderError, OSError) as error:
-        yield _failure(check.__name__.lstrip("_"), str(error))
+        yield _failure(name or check.__name__.lstrip("_"), str(error))
 
 
 def _tools(site: Site) -> Iterator[Finding]:
@@ -302,8 +300,8 @@ def _programs(site: Site) -> Iterator[Finding]:
 
 def _limits(_: Site) -> Iterator[Finding]:
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < _FEW_FILES:
-        yield Finding("open files", WARNING, f"at most {soft} per process", f"ulimit -n {_FEW_FILES} or more")
+    if soft < FEW_FILES:
+        yield Finding("open files", WARNING, f"at most {soft} per process", f"ulimit -n {FEW_FILES} or more")
     else:
         yield Finding("open files", OK, f"at most {soft} per process")
 

@@ -69,12 +69,13 @@ def readable(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def silence_legacy_warnings() -> None:
-    """With an external provider Ray fills in two empty legacy fields, and warns of them each time it reads a YAML."""
+    """Keep Ray from telling what it fills in each time it reads a YAML: two empty legacy fields, and max_workers."""
     logging.getLogger("ray.autoscaler._private.util").addFilter(_not_about_legacy_fields)
 
 
 def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
-    return "legacy field" not in record.getMessage()
+    message = record.getMessage()
+    return "legacy field" not in message and not message.startswith("setting max workers for")
 
 
 def submitted_words(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -12,6 +13,7 @@ from ray_slurm_provider.fields import Count, Gpus, Gres, Line, LineOrCount, Memo
 PROTECTED_OPTIONS = {
     "array": "each Ray node is a job of its own",
     "chdir": "the job starts in the home directory",
+    "clusters": "see provider.slurm.clusters",
     "comment": "it holds the job's birth certificate, by which the job is found again",
     "error": "the log is below state_dir; `ray-slurm render` shows where",
     "export": "the job gets the environment of `ray up`; add variables with node_config.env",
@@ -44,6 +46,33 @@ PROTECTED_OPTIONS = {
 # What the provider writes into every script and a site may not want there. The comment and the log are not among
 # them: by these a job is found again, and told about.
 SKIPPABLE_OPTIONS = frozenset({"job_name", "no_requeue", "nodes", "ntasks", "open_mode", "signal"})
+
+
+def split_directive(text: str) -> tuple[str, str | bool]:
+    """Return name and value of a directive as it stands behind ``#SBATCH``; True for an option without a value.
+
+    sbatch takes several options on one line, and abbreviations; here neither, so that what is checked is what sbatch
+    sees.
+
+    Raises:
+        ValueError: It is not one option by its long name.
+    """
+    match = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=(.*))?", text.strip())
+    if match is None:
+        raise ValueError("must be --name or --name=value")
+    name, value = match.groups()
+    known = {option.replace("_", "-") for option in (*SbatchOptions.model_fields, *PROTECTED_OPTIONS)}
+    full = sorted(option for option in known if option.startswith(name))
+    if name not in known and full:
+        raise ValueError(f"must be written in full: --{' or --'.join(full)}")
+    if value is None:
+        return name, True
+    quoted = re.fullmatch(r"'([^']*)'|\"([^\"\\]*)\"", value)
+    if quoted is not None:
+        return name, quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
+    if re.search(r"[\s'\"\\#]", value):
+        raise ValueError("must be one option; a value with blanks stands in quotes")
+    return name, value
 
 
 class SbatchOptions(Section):

@@ -71,11 +71,13 @@ class SrunShell:
         exports: File of the exports to begin with.
         srun: Path of srun.
         job_id: The job.
+        cluster: SLURM's name of the cluster, where the tools speak to several; "" for their own.
     """
 
     exports: Path
     srun: str
     job_id: str
+    cluster: str = ""
 
     def plain(self, text: str) -> list[str]:
         """See `Shell`."""
@@ -91,7 +93,16 @@ class SrunShell:
         """Nothing is left: the step ends with srun."""
 
     def _step(self) -> list[str]:
-        return [self.srun, f"--jobid={self.job_id}", "--overlap", "--nodes=1", "--ntasks=1", "--quit-on-interrupt"]
+        clusters = [f"--clusters={self.cluster}"] if self.cluster else []
+        return [
+            self.srun,
+            *clusters,
+            f"--jobid={self.job_id}",
+            "--overlap",
+            "--nodes=1",
+            "--ntasks=1",
+            "--quit-on-interrupt",
+        ]
 
 
 @dataclass(frozen=True)

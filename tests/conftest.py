@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake.harness import FakeSlurm
 from support import UserCluster, cluster_config, user_environment
 
-from ray_slurm_provider.sandbox.layout import SandboxSpec
+from ray_slurm_provider.sandbox.layout import usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all that they start.
@@ -30,7 +30,7 @@ def sandbox():
     parent.chmod(0o755)
     box = Sandbox(parent / "s")
     try:
-        box.up(SandboxSpec(nodes=4, gpu_nodes=1, gpus_per_node=2, cpus=4, memory_mib=8192))
+        box.up(usual_spec(nodes=4, gpu_nodes=1, gpus_per_node=2, cpus=4, memory="8G"))
         yield box
     finally:
         box.down()

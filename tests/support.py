@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ class UserCluster:
     config: dict[str, Any]
     python: str = sys.executable
     user: str | None = None
+    text: str | None = None
     children: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -89,7 +91,7 @@ class UserCluster:
         return read_settings(self.config["provider"]["slurm"])
 
     def write(self):
-        self.yaml.write_text(yaml.safe_dump(self.config))
+        self.yaml.write_text(self.text or yaml.safe_dump(self.config))
         return self.yaml
 
     def run(self, *words, timeout=180, **parts):
@@ -169,10 +171,11 @@ class UserCluster:
         return [job for job in self.client.jobs() if job.name.startswith(name) and (everything or job.alive)]
 
     def workers(self):
-        return [job for job in self.jobs() if not job.name.endswith("-head")]
+        return [job for job in self.jobs() if not re.search(r"-head(-[a-z0-9]{6})?$", job.name)]
 
     def head_job(self):
-        return next((job for job in self.jobs() if job.name.endswith("-head")), None)
+        workers = self.workers()
+        return next((job for job in self.jobs() if job not in workers), None)
 
     def head(self):
         """The head as `ray-slurm nodes` shows it, None when there is none."""

@@ -37,6 +37,7 @@ class AgentSpec:
         withdraw_after_s: When a queued job that nobody needs is cancelled, seconds.
         drain_s: Time to move work away before the time limit, seconds.
         slurm_bin: Directory of the SLURM tools; "" for PATH.
+        clusters: SLURM's name of the cluster, where the tools speak to several; "" for their own.
         command_timeout_s: How long a SLURM tool may take, seconds.
     """
 
@@ -64,6 +65,7 @@ class AgentSpec:
     withdraw_after_s: int = 300
     drain_s: int = 60
     slurm_bin: str = ""
+    clusters: str = ""
     command_timeout_s: int = 60
 
     @property

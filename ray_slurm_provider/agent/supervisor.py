@@ -85,7 +85,7 @@ class Supervisor:
         self._environ = environ
         self._node_id = environ["RAY_CLOUD_INSTANCE_ID"]
         self._paths = ReportPaths(spec.directory)
-        self._slurm = SlurmClient(SlurmTools(spec.slurm_bin, spec.command_timeout_s, environ))
+        self._slurm = SlurmClient(SlurmTools(spec.slurm_bin, spec.command_timeout_s, environ, spec.clusters))
         self._report = NodeReport(
             self._node_id, STARTING, host=socket.gethostname(), slurm_node=environ.get("SLURMD_NODENAME", "")
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from ray_slurm_provider.batch_script import JobSpec, render, render_process
 from ray_slurm_provider.birth_certificate import BirthCertificate, new_token
 from ray_slurm_provider.config import ResolvedNode
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.sbatch_options import split_directive
+from ray_slurm_provider.site_file import check_node_config, rules_in_force
 
 if TYPE_CHECKING:
     from ray_slurm_provider.backends.base import Launch
@@ -29,17 +31,23 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         ConfigError: The names are too long for a job's comment.
     """
     settings, resolved = launch.settings, launch.config.resolved or ResolvedNode()
+    _check_rules(launch)
     python = settings.python or ("" if resolved.steps else settings.default_python or "")
     on_path = settings.python or settings.default_python
+    in_file = settings.birth_record == "file"
+    name = f"ray-{launch.cluster}-{launch.node_type}"
+    skip = [*settings.sbatch_skip, *launch.config.sbatch_skip]
+    if in_file and {"job_name", "job-name"} & set(skip):
+        raise ConfigError("sbatch_skip", "job_name cannot be left out: with birth_record: file jobs are known by it")
     return JobSpec(
-        job_name=f"ray-{launch.cluster}-{launch.node_type}",
-        comment=certificate_text(launch, certificate),
+        job_name=f"{name}-{certificate.token}" if in_file else name,
+        comment="" if in_file else certificate_text(launch, certificate),
         token=certificate.token,
         node_type=launch.node_type,
         cluster_dir=launch.cluster_dir,
         options=launch.config.sbatch,
-        skip=[*settings.sbatch_skip, *launch.config.sbatch_skip],
-        extra=[*settings.sbatch_extra, *launch.config.sbatch_extra],
+        skip=skip,
+        extra=[split_directive(text) for text in (*settings.sbatch_extra, *launch.config.sbatch_extra)],
         steps=[(where, command) for where, command in resolved.steps],
         env=launch.config.env,
         python=str(Path(python).expanduser()) if python else "",
@@ -49,6 +57,14 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         drain_s=settings.drain_s if launch.head else 0,
         agent=_agent_spec(launch, resolved).as_json(),
     )
+
+
+def _check_rules(launch: Launch) -> None:
+    """Refuse what the site does not allow, whatever the YAML was on its way here."""
+    rules = rules_in_force(launch.settings)
+    if rules is not None:
+        path = f"available_node_types.{launch.node_type}.node_config"
+        check_node_config(rules, launch.settings, launch.config, path)
 
 
 def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
@@ -62,6 +78,12 @@ def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
     except ValueError as error:
         path = f"available_node_types.{launch.node_type}"
         raise ConfigError(path, str(error), "a shorter cluster or type name") from error
+
+
+def canary_script(launch: Launch) -> str:
+    """Return the script of a job that only looks around (`agent/canary.py`), otherwise like the node's."""
+    spec = job_spec(launch, new_certificate(launch))
+    return render(replace(spec, module="ray_slurm_provider.agent.canary", wait_for_go=False, drain_s=0))
 
 
 def preview_script(launch: Launch) -> str:

@@ -9,13 +9,14 @@ from ray_slurm_provider.backends.base import Sighting
 from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
-from ray_slurm_provider.errors import SlurmError, SlurmUnavailable
+from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.birth_certificate import BirthCertificate
+    from ray_slurm_provider.birth_records import BirthRecords
     from ray_slurm_provider.slurm.client import SlurmClient
     from ray_slurm_provider.slurm.types import Job
 
@@ -29,12 +30,14 @@ class SlurmJobs:
         client: The way to SLURM.
         cluster: The cluster's name.
         home: Fingerprint of the cluster's directory.
+        births: Certificates of jobs whose comment does not hold them.
     """
 
-    def __init__(self, client: SlurmClient, cluster: str, home: str) -> None:
+    def __init__(self, client: SlurmClient, cluster: str, home: str, births: BirthRecords) -> None:
         self._client = client
         self._cluster = cluster
         self._home = home
+        self._births = births
 
     def sightings(self) -> list[Sighting]:
         """Return this cluster's jobs, by one squeue."""
@@ -48,10 +51,20 @@ class SlurmJobs:
         """
         certificate = new_certificate(launch)
         script = render(job_spec(launch, certificate))
+        in_file = launch.settings.birth_record == "file"
+        if in_file:
+            self._births.save(certificate)
         try:
             job_id = self._client.submit(script, launch.environ)
         except SlurmUnavailable:
             job_id = self._find(certificate)
+        except SlurmError:
+            if in_file:
+                self._births.forget(certificate)
+            raise
+        if not launch.head:
+            # Whoever watches `ray up` is told; workers are submitted by the head, in the same way.
+            self._refuse_unrecognised(certificate, job_id)
         node_id = certificate.node_id(job_id)
         logger.info("submitted job %s (%s) as node %s", job_id, launch.node_type, node_id)
         return node_id
@@ -68,7 +81,8 @@ class SlurmJobs:
 
     def exists(self, node_id: str) -> bool:
         """Tell whether the controller still knows this very job, and not another that got its id."""
-        certificate = read_certificate(self._client.job_facts(job_id_of(node_id)).get("Comment", ""))
+        facts = self._client.job_facts(job_id_of(node_id))
+        certificate = self._certificate(facts.get("Comment", ""), facts.get("JobName", ""))
         return certificate is not None and certificate.node_id(job_id_of(node_id)) == node_id
 
     def how_ended(self, node_id: str) -> str:
@@ -79,17 +93,36 @@ class SlurmJobs:
             return f"its end is not known: {error}"
         return "SLURM does not know it any more" if end is None else str(end)
 
+    def _certificate(self, comment: str, job_name: str) -> BirthCertificate | None:
+        return read_certificate(comment) or self._births.of_job(job_name)
+
+    def _refuse_unrecognised(self, certificate: BirthCertificate, job_id: str) -> None:
+        """Cancel a job by which the site has left nothing to know it by.
+
+        Raises:
+            StateError: Always then.
+        """
+        facts = self._client.job_facts(job_id)
+        found = self._certificate(facts.get("Comment", ""), facts.get("JobName", ""))
+        if not facts or (found is not None and found.token == certificate.token):
+            return
+        self._client.cancel([job_id])
+        raise StateError(
+            f"the site has changed the comment of job {job_id}, by which it would be found again; it was cancelled\n"
+            "  set provider.slurm.birth_record: file"
+        )
+
     def _find(self, certificate: BirthCertificate) -> str:
         """Return the job that sbatch submitted without saying so; raise the present error when there is none."""
         for job in self._client.jobs():
-            found = read_certificate(job.comment)
+            found = self._certificate(job.comment, job.name)
             if found is not None and found.token == certificate.token and found.home == certificate.home:
                 logger.warning("sbatch gave no answer, but job %s was submitted", job.job_id)
                 return job.job_id
         raise SlurmUnavailable(["sbatch"], None, "", "no answer, and no job was submitted")
 
     def _sighting(self, job: Job) -> Sighting | None:
-        certificate = read_certificate(job.comment)
+        certificate = self._certificate(job.comment, job.name)
         if certificate is None or (certificate.cluster, certificate.home) != (self._cluster, self._home):
             return None
         return Sighting(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
+import yaml
+from pydantic import ValidationError
 
 from ray_slurm_provider.errors import SandboxError
-from ray_slurm_provider.sandbox.layout import SandboxSpec
+from ray_slurm_provider.sandbox.layout import SandboxSpec, read_layout, usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox, SandboxStatus, default_state_dir
-from ray_slurm_provider.slurm.parse import parse_mem_mib
 
-_DEFAULTS = SandboxSpec()
-
+_some = click.IntRange(min=0)
 _state_dir = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
@@ -31,26 +32,40 @@ def sandbox() -> None:
 
 
 @sandbox.command()
-@click.option("--nodes", default=_DEFAULTS.nodes, show_default=True, help="Virtual nodes of the partition cpu.")
-@click.option("--gpu-nodes", default=_DEFAULTS.gpu_nodes, show_default=True, help="Virtual nodes of the partition gpu.")
-@click.option("--gpus-per-node", default=_DEFAULTS.gpus_per_node, show_default=True, help="Fake GPUs of each.")
-@click.option("--gpu-type", default=_DEFAULTS.gpu_type, show_default=True, help="Type of the fake GPUs.")
-@click.option("--cpus", default=_DEFAULTS.cpus, show_default=True, help="CPUs that each node claims.")
+@click.option("--nodes", type=_some, default=4, show_default=True, help="Virtual nodes of the partition cpu.")
+@click.option("--gpu-nodes", type=_some, default=0, show_default=True, help="Virtual nodes of the partition gpu.")
+@click.option("--gpus-per-node", type=_some, default=2, show_default=True, help="Fake GPUs of each.")
+@click.option("--gpu-type", default="a100", show_default=True, help="Type of the fake GPUs.")
+@click.option("--cpus", type=click.IntRange(min=1), default=4, show_default=True, help="CPUs that each node claims.")
 @click.option("--memory", default="4G", show_default=True, help="Memory that each node claims.")
+@click.option(
+    "--layout",
+    type=click.Path(path_type=Path),
+    help="A YAML file with nodes, partitions, settings and job_submit, in place of the options above.",
+)
 @_state_dir
-def up(nodes: int, gpu_nodes: int, gpus_per_node: int, gpu_type: str, cpus: int, memory: str, state_dir: Path) -> None:
+def up(layout: Path | None, state_dir: Path, **numbers: Any) -> None:
     """Start munged, slurmctld and one slurmd per virtual node."""
-    try:
-        memory_mib = parse_mem_mib(memory)
-    except ValueError as error:
-        raise SandboxError(f"--memory: {error}; write for example 4G") from error
-    spec = SandboxSpec(nodes, gpu_nodes, gpus_per_node, cpus, memory_mib, gpu_type)
+    spec = _spec(layout, numbers)
     box = Sandbox(state_dir)
     box.up(spec)
-    click.echo(f"SLURM is up: {spec.node_count} nodes of {cpus} CPUs and {memory} in {box.paths.root}")
+    click.echo(f"SLURM is up: {spec.node_count} nodes in {box.paths.root}")
     option = "" if state_dir == default_state_dir() else f" --state-dir {shlex.quote(str(state_dir))}"
     click.echo(f'Use it:  eval "$(ray-slurm sandbox env{option})"')
     click.echo(f"End it:  ray-slurm sandbox down{option}")
+
+
+def _spec(layout: Path | None, numbers: dict[str, Any]) -> SandboxSpec:
+    try:
+        if layout is not None:
+            return read_layout(yaml.safe_load(layout.read_text(encoding="utf-8")))
+        return usual_spec(**numbers)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SandboxError(f"{layout or 'the sandbox'}: {where}: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise SandboxError(f"{layout or 'the sandbox'}: {error}") from None
 
 
 @sandbox.command()

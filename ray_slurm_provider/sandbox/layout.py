@@ -5,10 +5,16 @@ The configuration was tried on SLURM 22.05; slurm.conf(5) and gres.conf(5) say w
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from ray_slurm_provider.fields import Line, Memory, Section
+from ray_slurm_provider.slurm.parse import parse_mem_mib
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 # A Unix socket path holds 107 bytes, and slurmstepd adds its own name below the spool directory.
@@ -65,36 +71,128 @@ MailProg=/bin/true
 GresTypes=gpu
 PropagateResourceLimits=NONE
 """
+_PARTITION_OPTIONS: dict[str, str | int] = {"MaxTime": "7-00:00:00", "DefaultTime": "1:00:00", "State": "UP"}
 
 
-@dataclass(frozen=True)
-class SandboxSpec:
-    """How large a sandbox is.
+class NodeGroup(Section):
+    """Virtual nodes of one kind, named ``<name>1``, ``<name>2``, ..."""
 
-    Attributes:
-        nodes: Virtual nodes of the partition ``cpu``.
-        gpu_nodes: Virtual nodes of the partition ``gpu``.
-        gpus_per_node: Fake GPUs of each of these.
-        cpus: CPUs that each virtual node claims.
-        memory_mib: Memory that each virtual node claims, MiB.
-        gpu_type: The type of the fake GPUs, for ``--gres=gpu:<type>:1``.
-    """
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
+    """First letters of their names."""
+    count: Annotated[int, Field(ge=1, le=1000)] = 1
+    """How many there are."""
+    cpus: Annotated[int, Field(ge=1)] = 4
+    """CPUs that each claims."""
+    memory: Memory = "4G"
+    """Memory that each claims."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """Fake GPUs of each."""
+    gpu_type: Line = "a100"
+    """Their type, for ``--gres=gpu:<type>:1``."""
+    features: list[Line] = []
+    """Features, for ``--constraint``."""
+    options: dict[str, str | int] = {}
+    """Further keys of its line in slurm.conf: ``CoreSpecCount``, ``MemSpecLimit``, ``Weight``."""
 
-    nodes: int = 4
-    gpu_nodes: int = 0
-    gpus_per_node: int = 2
-    cpus: int = 4
-    memory_mib: int = 4096
-    gpu_type: str = "a100"
+    @property
+    def members(self) -> list[str]:
+        """The names of its nodes."""
+        return [f"{self.name}{number}" for number in range(1, self.count + 1)]
+
+    @property
+    def host_list(self) -> str:
+        """The names of its nodes as SLURM writes them."""
+        return f"{self.name}[1-{self.count}]"
+
+
+class Partition(Section):
+    """A partition."""
+
+    name: Line
+    """Its name."""
+    groups: list[Line]
+    """The groups of nodes in it."""
+    default: bool = False
+    """Whether jobs go there that name no partition."""
+    options: dict[str, str | int] = {}
+    """Further keys of its line in slurm.conf: ``MaxTime``, ``DefaultTime``, ``AllowAccounts``, ``State``."""
+
+
+class SandboxSpec(Section):
+    """What a sandbox consists of."""
+
+    nodes: Annotated[list[NodeGroup], Field(min_length=1)]
+    """The kinds of nodes."""
+    partitions: Annotated[list[Partition], Field(min_length=1)]
+    """The partitions."""
+    settings: dict[str, str | int] = {}
+    """Keys of slurm.conf that differ from the sandbox's own: ``EnforcePartLimits``, ``SelectTypeParameters``."""
+    job_submit: str = ""
+    """A job_submit plugin in Lua: what a site does with jobs that it does not like."""
 
     @property
     def node_count(self) -> int:
         """How many slurmd there are."""
-        return self.nodes + self.gpu_nodes
+        return sum(group.count for group in self.nodes)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields for a JSON file."""
-        return asdict(self)
+    @property
+    def most_gpus(self) -> int:
+        """How many fake GPUs the node with most of them has."""
+        return max(group.gpus for group in self.nodes)
+
+
+def usual_spec(
+    *,
+    nodes: int = 4,
+    gpu_nodes: int = 0,
+    gpus_per_node: int = 2,
+    cpus: int = 4,
+    memory: str = "4G",
+    gpu_type: str = "a100",
+) -> SandboxSpec:
+    """Return a sandbox with the partitions ``cpu`` and ``gpu``.
+
+    Args:
+        nodes: Virtual nodes of the partition ``cpu``.
+        gpu_nodes: Virtual nodes of the partition ``gpu``.
+        gpus_per_node: Fake GPUs of each of these.
+        cpus: CPUs that each virtual node claims.
+        memory: Memory that each virtual node claims.
+        gpu_type: The type of the fake GPUs.
+
+    Raises:
+        ValueError: A number makes no sense.
+    """
+    if not nodes + gpu_nodes:
+        raise ValueError("needs at least one node")
+    groups = []
+    if nodes:
+        groups.append(NodeGroup(name="c", count=nodes, cpus=cpus, memory=memory, features=["cpu"]))
+    if gpu_nodes:
+        gpu_group = {"name": "g", "count": gpu_nodes, "cpus": cpus, "memory": memory, "features": ["gpu"]}
+        groups.append(NodeGroup.model_validate({**gpu_group, "gpus": gpus_per_node, "gpu_type": gpu_type}))
+    names = {"c": "cpu", "g": "gpu"}
+    partitions = [
+        Partition(name=names[group.name], groups=[group.name], default=group is groups[0]) for group in groups
+    ]
+    return SandboxSpec(nodes=groups, partitions=partitions)
+
+
+def read_layout(value: Any) -> SandboxSpec:
+    """Return the sandbox that a layout file describes.
+
+    Raises:
+        ValueError: It holds a mistake.
+    """
+    spec = SandboxSpec.model_validate(value)
+    groups = {group.name for group in spec.nodes}
+    if len(groups) != len(spec.nodes):
+        raise ValueError("two groups of nodes have one name")
+    for partition in spec.partitions:
+        unknown = set(partition.groups) - groups
+        if unknown:
+            raise ValueError(f"partition {partition.name}: there are no nodes {', '.join(sorted(unknown))}")
+    return spec
 
 
 @dataclass(frozen=True)
@@ -104,7 +202,7 @@ class VirtualNode:
     name: str
     address: str
     port: int
-    has_gpus: bool
+    group: NodeGroup
 
 
 @dataclass(frozen=True)
@@ -129,41 +227,45 @@ class SandboxPaths:
         return self.root / "munge" / "s"
 
     @property
+    def job_submit(self) -> Path:
+        """The job_submit plugin, beside slurm.conf where SLURM looks for it."""
+        return self.root / "job_submit.lua"
+
+    @property
     def logs(self) -> Path:
         """Where the daemons write."""
         return self.root / "log"
 
 
 def virtual_nodes(spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
-    """Return the nodes: ``c1..`` then ``g1..``, addresses from 127.0.1.1 up, ports after the controller's."""
-    names = [f"c{i}" for i in range(1, spec.nodes + 1)] + [f"g{i}" for i in range(1, spec.gpu_nodes + 1)]
+    """Return the nodes, group by group, addresses from 127.0.1.1 up, ports after the controller's."""
+    members = [(name, group) for group in spec.nodes for name in group.members]
     return [
-        VirtualNode(name, f"127.0.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, index >= spec.nodes)
-        for index, name in enumerate(names)
+        VirtualNode(name, f"127.0.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, group)
+        for index, (name, group) in enumerate(members)
     ]
 
 
 def render_slurm_conf(spec: SandboxSpec, paths: SandboxPaths, host: str, user: str, base_port: int) -> str:
     """Return the text of slurm.conf."""
-    head = _SETTINGS.format(host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket)
+    text = _SETTINGS.format(host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket)
+    settings = {**spec.settings, **({"JobSubmitPlugins": "lua"} if spec.job_submit else {})}
+    kept = [line for line in text.splitlines() if line.partition("=")[0] not in settings]
     nodes = [
         f"NodeName={node.name} NodeHostname={host} NodeAddr={node.address} Port={node.port}"
-        f" CPUs={spec.cpus} RealMemory={spec.memory_mib}"
-        f" Feature={'gpu' if node.has_gpus else 'cpu'},{node.name}"
-        + (f" Gres=gpu:{spec.gpu_type}:{spec.gpus_per_node}" if _with_gpus(spec, node) else "")
-        + " State=UNKNOWN"
+        f" CPUs={node.group.cpus} RealMemory={parse_mem_mib(node.group.memory)}"
+        f" Feature={','.join([*node.group.features, node.name])}"
+        + (f" Gres=gpu:{node.group.gpu_type}:{node.group.gpus}" if node.group.gpus else "")
+        + f"{_pairs(node.group.options)} State=UNKNOWN"
         for node in virtual_nodes(spec, base_port)
     ]
+    lists = {group.name: group.host_list for group in spec.nodes}
     partitions = [
-        f"PartitionName={name} Nodes={letter}[1-{count}] Default={default} MaxTime=7-00:00:00"
-        " DefaultTime=1:00:00 State=UP"
-        for name, letter, count, default in (
-            ("cpu", "c", spec.nodes, "YES"),
-            ("gpu", "g", spec.gpu_nodes, "NO" if spec.nodes else "YES"),
-        )
-        if count
+        f"PartitionName={partition.name} Nodes={','.join(lists[name] for name in partition.groups)}"
+        f" Default={'YES' if partition.default else 'NO'}{_pairs({**_PARTITION_OPTIONS, **partition.options})}"
+        for partition in spec.partitions
     ]
-    return head + "\n".join(nodes + partitions) + "\n"
+    return "\n".join([*kept, *(f"{name}={value}" for name, value in settings.items()), *nodes, *partitions]) + "\n"
 
 
 def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:
@@ -172,13 +274,13 @@ def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:
     A GPU's file must be a device; links to /dev/null are enough. Without ``nvidia_gpu_env`` jobs would
     get the variables of every other maker as well (gres.conf(5), Flags).
     """
-    if not (spec.gpu_nodes and spec.gpus_per_node):
-        return ""
-    return (
-        f"NodeName=g[1-{spec.gpu_nodes}] Name=gpu Type={spec.gpu_type} Flags=nvidia_gpu_env"
-        f" File={paths.root}/dev/nvidia[0-{spec.gpus_per_node - 1}]\n"
+    return "".join(
+        f"NodeName={group.host_list} Name=gpu Type={group.gpu_type} Flags=nvidia_gpu_env"
+        f" File={paths.root}/dev/nvidia[0-{group.gpus - 1}]\n"
+        for group in spec.nodes
+        if group.gpus
     )
 
 
-def _with_gpus(spec: SandboxSpec, node: VirtualNode) -> bool:
-    return node.has_gpus and spec.gpus_per_node > 0
+def _pairs(options: Mapping[str, str | int]) -> str:
+    return "".join(f" {name}={value}" for name, value in options.items())

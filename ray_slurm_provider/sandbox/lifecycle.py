@@ -24,6 +24,7 @@ from ray_slurm_provider.sandbox.layout import (
     MAX_STATE_DIR_LENGTH,
     SandboxPaths,
     SandboxSpec,
+    read_layout,
     render_gres_conf,
     render_slurm_conf,
     virtual_nodes,
@@ -110,7 +111,6 @@ class Sandbox:
         Raises:
             SandboxError: It cannot be started; whatever was started is gone again.
         """
-        _check_spec(spec)
         _check_tools()
         self._make_root()
         try:
@@ -139,7 +139,7 @@ class Sandbox:
         munged = self._runs("munged")
         # Without munge the question alone takes 20 s.
         answers = munged and self._client().answers()
-        spec = SandboxSpec(**record["spec"])
+        spec = read_layout(record["spec"])
         served = daemons.served_nodes(self.paths)
         states = self._node_states() if answers else {}
         return SandboxStatus(
@@ -188,16 +188,18 @@ class Sandbox:
     def _start(self, spec: SandboxSpec) -> None:
         paths = self.paths
         base_port = _free_port_block(spec.node_count + 1)
-        write_json(paths.record, {"spec": spec.as_json(), "port": base_port})
+        write_json(paths.record, {"spec": spec.model_dump(), "port": base_port})
         # munged refuses directories that others may write to.
         paths.root.chmod(0o755)
         for name in ("munge", "log", "run", "ctld", "spool", "dev"):
             (paths.root / name).mkdir(mode=0o700 if name == "ctld" else 0o755)
-        for index in range(spec.gpus_per_node if spec.gpu_nodes else 0):
+        for index in range(spec.most_gpus):
             (paths.root / "dev" / f"nvidia{index}").symlink_to("/dev/null")
         host, user = socket.gethostname().partition(".")[0], getpass.getuser()
         paths.slurm_conf.write_text(render_slurm_conf(spec, paths, host, user, base_port))
         (paths.root / "gres.conf").write_text(render_gres_conf(spec, paths))
+        if spec.job_submit:
+            paths.job_submit.write_text(spec.job_submit)
         self._start_munged()
         self._start_slurm(spec, base_port)
 
@@ -323,14 +325,6 @@ class Sandbox:
 def default_state_dir() -> Path:
     """Return where this user's sandbox lives when nobody says otherwise."""
     return Path(f"/tmp/ray-slurm-sandbox-{os.getuid()}")  # noqa: S108 short for the sockets, private by its owner
-
-
-def _check_spec(spec: SandboxSpec) -> None:
-    for name, least in (("nodes", 0), ("gpu_nodes", 0), ("gpus_per_node", 0), ("cpus", 1), ("memory_mib", 1)):
-        if getattr(spec, name) < least:
-            raise SandboxError(f"--{name.replace('_', '-')} must be at least {least}")
-    if spec.node_count < 1:
-        raise SandboxError("a sandbox needs at least one node")
 
 
 def _check_tools() -> None:

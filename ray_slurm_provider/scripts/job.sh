@@ -33,7 +33,7 @@ ray_slurm_wait_for_go() {
     done
 }
 
-# Become the node agent: no shell stays behind that could die before Ray does.
+# Become the node agent, or another module: no shell stays behind that could die before Ray does.
 ray_slurm_become_agent() {
     ray_slurm_current="the start of the node agent"
     if [ -n "$1" ]; then
@@ -44,5 +44,5 @@ ray_slurm_become_agent() {
     fi
     ray_slurm_why=$("$ray_slurm_python" -c 'import ray_slurm_provider.agent' 2>&1) || ray_slurm_fail "the Python $ray_slurm_python on $(hostname) cannot import ray_slurm_provider (${ray_slurm_why##*$'\n'}): install it there, or activate the right environment in setup"
     trap - EXIT
-    exec "$ray_slurm_python" -u -m ray_slurm_provider.agent "$2"
+    exec "$ray_slurm_python" -u -m "${3:-ray_slurm_provider.agent}" "$2"
 }

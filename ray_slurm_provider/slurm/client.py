@@ -111,6 +111,29 @@ class SlurmClient:
         shown = [parse.parse_show(line) for line in lines]
         return {facts["PartitionName"]: facts for facts in shown if "PartitionName" in facts}
 
+    def nodes(self) -> list[dict[str, str]]:
+        """Return what ``scontrol show node`` says of each SLURM node."""
+        lines = self.tools.run(["scontrol", "show", "node", "-o"]).stdout.splitlines()
+        return [facts for line in lines if "NodeName" in (facts := parse.parse_show(line))]
+
+    def configuration(self) -> dict[str, str]:
+        """Return what ``scontrol show config`` says."""
+        return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
+
+    def associations(self, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return accounts and QOS of a user by the accounting database, the default account first.
+
+        Raises:
+            SlurmError: There is no database, or it does not answer.
+        """
+        ask = ["sacctmgr", "--noheader", "--parsable2", "show"]
+        default = self.tools.run([*ask, "user", user, "format=DefaultAccount"]).stdout.split()
+        rows = self.tools.run([*ask, "assoc", "where", f"user={user}", "format=Account,QOS"]).stdout.splitlines()
+        pairs = [row.split("|", 1) for row in rows if "|" in row]
+        accounts = dict.fromkeys([*default, *(account for account, _ in pairs)])
+        qos = dict.fromkeys(name for _, names in pairs for name in names.split(",") if name)
+        return tuple(accounts), tuple(qos)
+
     def cancel(self, job_ids: Iterable[str]) -> None:
         """End jobs; one that has ended already, or that nobody knows, is no error."""
         ids = list(job_ids)
@@ -137,8 +160,7 @@ class SlurmClient:
 
     def node_addresses(self) -> list[str]:
         """Return the NodeAddr of every SLURM node."""
-        lines = self.tools.run(["scontrol", "show", "node", "-o"]).stdout.splitlines()
-        return [address for line in lines if (address := parse.parse_show(line).get("NodeAddr"))]
+        return [facts["NodeAddr"] for facts in self.nodes() if facts.get("NodeAddr")]
 
     def _show(self, what: str, name: str) -> str | None:
         try:

@@ -82,8 +82,14 @@ def parse_show(text: str) -> dict[str, str]:
     pairs = re.findall(r"(?:^|\s)([A-Z][A-Za-z0-9:/_]*)=(.*?)(?=\s[A-Z][A-Za-z0-9:/_]*=|\s*$)", text.strip(), re.DOTALL)
     result: dict[str, str] = {}
     for key, value in pairs:
-        result.setdefault(key, value)
+        result.setdefault(key, value.strip())
     return result
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """Return the ``Key = Value`` lines of ``scontrol show config``."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+\s*=", line))
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def parse_job_end(text: str) -> JobEnd:
@@ -117,7 +123,7 @@ def parse_mem_mib(text: str | int) -> int:
 
 
 def parse_time_s(text: str) -> int | None:
-    """Return the seconds of an sbatch time limit, None for no limit.
+    """Return the seconds of an sbatch time limit, None for no limit; zero is no limit too.
 
     The forms of sbatch(1) --time: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``,
     ``days-hours``, ``days-hours:minutes``, ``days-hours:minutes:seconds``.
@@ -133,10 +139,19 @@ def parse_time_s(text: str) -> int | None:
         raise ValueError(f"{text!r} is not a time limit")
     days, first, second, third = (None if part is None else int(part) for part in match.groups())
     if days is not None:
-        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-    if third is not None:
-        return ((first or 0) * 60 + (second or 0)) * 60 + third
-    return (first or 0) * 60 + (second or 0)
+        seconds = ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    elif third is not None:
+        seconds = ((first or 0) * 60 + (second or 0)) * 60 + third
+    else:
+        seconds = (first or 0) * 60 + (second or 0)
+    return seconds or None
+
+
+def format_time(seconds: int) -> str:
+    """Return a time limit as sbatch takes it: ``1-12:00:00``."""
+    days, rest = divmod(seconds, 86400)
+    text = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}-{text}" if days else text
 
 
 def parse_gpus(text: str | int) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from support import RAY, UserCluster, cluster_config, user_environment, wait_for
 
 from ray_slurm_provider.agent.network import free_ports
 from ray_slurm_provider.agent.ray_command import STARTED_MARK
-from ray_slurm_provider.sandbox.layout import SandboxSpec
+from ray_slurm_provider.sandbox.layout import usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 UPDATE_INTERVAL_S = 5
@@ -38,7 +38,7 @@ def main():
     parent = Path(tempfile.mkdtemp(prefix="rsb-"))
     parent.chmod(0o755)
     box = Sandbox(parent / "s")
-    box.up(SandboxSpec(nodes=3, cpus=4, memory_mib=8192))
+    box.up(usual_spec(nodes=3, cpus=4, memory="8G"))
     try:
         home = parent / "home"
         (home / "tmp").mkdir(parents=True)

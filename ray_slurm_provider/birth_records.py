@@ -1,0 +1,60 @@
+"""Birth certificates in files, for sites that own the comment of jobs.
+
+The file is there before the job is, and the job's name ends with the token: whatever happens between the two, the job
+is recognised by the first listing that shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.birth_certificate import read_certificate
+from ray_slurm_provider.files import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ray_slurm_provider.birth_certificate import BirthCertificate
+
+_TOKEN = re.compile(r"-([a-z0-9]{6})$")
+
+
+class BirthRecords:
+    """The records of one cluster.
+
+    Args:
+        directory: Where they are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._known: dict[str, BirthCertificate] = {}
+
+    def save(self, certificate: BirthCertificate) -> None:
+        """Write down a job that is about to be submitted."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        write_atomically(self._path(certificate.token), certificate.text())
+
+    def forget(self, certificate: BirthCertificate) -> None:
+        """Remove the record of a job that was not submitted."""
+        self._path(certificate.token).unlink(missing_ok=True)
+
+    def of_job(self, job_name: str) -> BirthCertificate | None:
+        """Return the certificate of the job with this name, None when it is none of ours."""
+        match = _TOKEN.search(job_name)
+        if match is None:
+            return None
+        token = match.group(1)
+        if token not in self._known:
+            try:
+                certificate = read_certificate(self._path(token).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError):
+                return None
+            if certificate is None or certificate.token != token:
+                return None
+            self._known[token] = certificate
+        return self._known[token]
+
+    def _path(self, token: str) -> Path:
+        return self._directory / f"{token}.birth"

@@ -1,0 +1,1 @@
+"""What `ray-slurm deploy` does: asks a site what it has, proposes node types, writes the files."""

@@ -1,0 +1,317 @@
+"""Node types for a site, from what it has and what a person wants. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from ray_slurm_provider.errors import DeployError
+from ray_slurm_provider.slurm.parse import format_time
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ray_slurm_provider.deployment.survey import NodeKind, PartitionFacts, Survey
+
+HEAD = "head"
+# What a head needs: Ray's own processes, and none of the work.
+_HEAD_CPUS = 1
+_HEAD_MEMORY_MIB = 2048
+_HEAD_TIME_S = 7 * 86400
+_SHORT_FOR_A_HEAD_S = 86400
+_WORKER_TIME_S = 4 * 3600
+_MAX_WORKERS = 10
+# Of a kind with fewer nodes every node counts: a worker then leaves room for the head beside it.
+_FEW_NODES = 3
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person wants, of all that could be asked.
+
+    Attributes:
+        cluster_name: The cluster's name.
+        partitions: Partitions to use; all that are open when empty.
+        account: Account to charge; "" to let the site decide.
+        qos: Quality of service; "" to let the site decide.
+        head: Where the head runs.
+        time_s: Time limit of the workers, seconds; None for a usual one.
+        head_time_s: Time limit of the head, seconds; None for the longest.
+        max_workers: Most workers; None for a usual number.
+        setup: Shell lines that every node runs first.
+    """
+
+    cluster_name: str
+    partitions: Sequence[str] = ()
+    account: str = ""
+    qos: str = ""
+    head: Literal["slurm", "login_node"] = "slurm"
+    time_s: int | None = None
+    head_time_s: int | None = None
+    max_workers: int | None = None
+    setup: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One sbatch option of a node type.
+
+    Attributes:
+        value: Its value.
+        why: One line on it.
+    """
+
+    value: str | int
+    why: str
+
+
+@dataclass(frozen=True)
+class TypeProposal:
+    """One Ray node type.
+
+    Attributes:
+        name: Its name.
+        about: One line on what it is.
+        sbatch: Its sbatch options by name, in the order of the YAML; empty for a head on the login node.
+        skip: Directives to leave out.
+        max_workers: Most nodes of it; 0 for a head.
+        has_gpus: Whether it has GPUs.
+        priority: Ray's preference among types that fit.
+    """
+
+    name: str
+    about: str
+    sbatch: Mapping[str, Option] = field(default_factory=dict)
+    skip: Sequence[str] = ()
+    max_workers: int = 0
+    has_gpus: bool = False
+    priority: int = 0
+
+    def with_options(self, options: Mapping[str, Option]) -> TypeProposal:
+        """Return it with further options."""
+        return replace(self, sbatch={**self.sbatch, **options})
+
+    def without_options(self, names: Sequence[str]) -> TypeProposal:
+        """Return it without some options."""
+        return replace(self, sbatch={name: option for name, option in self.sbatch.items() if name not in names})
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A cluster for a site.
+
+    Attributes:
+        heads: Heads to try, the best first.
+        workers: The other node types.
+        max_workers: Most workers, all types together.
+        notes: What a person should know.
+    """
+
+    heads: Sequence[TypeProposal]
+    workers: Sequence[TypeProposal]
+    max_workers: int
+    notes: Sequence[str] = ()
+
+
+def propose(survey: Survey, wishes: Wishes) -> Proposal:
+    """Return node types for a site: one for each kind of nodes in each partition.
+
+    Raises:
+        DeployError: The site has nothing that fits.
+    """
+    partitions = _chosen(survey, wishes)
+    notes = [f"partition {p.name} is left out: {p.closed}" for p in survey.partitions if p.closed]
+    if wishes.time_s is not None and all(_beyond(wishes.time_s, p.max_time_s) for p in partitions):
+        longest = max(p.max_time_s or 0 for p in partitions)
+        raise DeployError(
+            f"a time of {format_time(wishes.time_s)} is more than any partition allows; at most {format_time(longest)}"
+        )
+    on_login_node = wishes.head == "login_node"
+    heads = [_login_head()] if on_login_node else _heads(survey, partitions, wishes)
+    shared = set() if on_login_node else set(_names(_home_of_head(partitions)))
+    workers = [
+        _worker(survey, partition, kind, wishes, beside_head=bool(shared & set(_names(partition))))
+        for partition in partitions
+        for kind in partition.kinds
+    ]
+    workers = _with_priorities(_with_single_names(workers), partitions)
+    total = sum(worker.max_workers for worker in workers)
+    most = wishes.max_workers if wishes.max_workers is not None else min(total, _MAX_WORKERS)
+    if not on_login_node and (_home_of_head(partitions).max_time_s or _HEAD_TIME_S) < 3600:
+        notes.append("the head ends with its time limit, and the cluster with it; --head login-node has none")
+    return Proposal(heads, workers, most, notes)
+
+
+def _chosen(survey: Survey, wishes: Wishes) -> list[PartitionFacts]:
+    by_name = {partition.name: partition for partition in survey.partitions}
+    for name in wishes.partitions:
+        if name not in by_name:
+            raise DeployError(f"there is no partition {name}; there are {', '.join(by_name) or 'none'}")
+        if by_name[name].closed:
+            raise DeployError(f"partition {name} cannot be used: {by_name[name].closed}")
+    chosen = [by_name[name] for name in wishes.partitions] or survey.open_partitions
+    if not chosen:
+        reasons = "; ".join(f"{partition.name}: {partition.closed}" for partition in survey.partitions)
+        raise DeployError(f"no partition can be used ({reasons or 'there is none'})")
+    return chosen
+
+
+def _heads(survey: Survey, partitions: Sequence[PartitionFacts], wishes: Wishes) -> list[TypeProposal]:
+    """Return a head for each partition, those without GPUs and the default one first."""
+    first = _home_of_head(partitions)
+    ordered = [first, *(partition for partition in partitions if partition is not first)]
+    return [_head(survey, partition, wishes) for partition in ordered]
+
+
+def _home_of_head(partitions: Sequence[PartitionFacts]) -> PartitionFacts:
+    def rank(partition: PartitionFacts) -> tuple[bool, bool, bool, float]:
+        only_gpus = all(kind.gpus for kind in partition.kinds)
+        short = partition.max_time_s is not None and partition.max_time_s < _SHORT_FOR_A_HEAD_S
+        longest = -(partition.max_time_s or float("inf"))
+        return only_gpus, short, not partition.is_default and not short, longest
+
+    return min(partitions, key=rank)
+
+
+def _login_head() -> TypeProposal:
+    return TypeProposal(HEAD, "a process on the host where `ray up` is typed; no job, and no time limit")
+
+
+def _head(survey: Survey, partition: PartitionFacts, wishes: Wishes) -> TypeProposal:
+    wanted = wishes.head_time_s or _HEAD_TIME_S
+    time_s = _limited(wanted, partition.max_time_s)
+    least = min(kind.memory_mib for kind in partition.kinds)
+    sbatch = {
+        "partition": Option(partition.name, "where the head waits and runs"),
+        **_who(wishes),
+        "cpus_per_task": Option(_HEAD_CPUS, "enough for Ray's own processes: no tasks run here"),
+        **_memory(survey, min(_HEAD_MEMORY_MIB, least // 2) if least else 0, "for Ray's own processes"),
+        "time": Option(format_time(time_s), f"the cluster ends with its head; {_allowed(partition)}"),
+    }
+    return TypeProposal(HEAD, "a job too; it lives as long as the cluster, and runs no tasks", sbatch)
+
+
+def _worker(
+    survey: Survey, partition: PartitionFacts, kind: NodeKind, wishes: Wishes, *, beside_head: bool
+) -> TypeProposal:
+    count = max(1, len(kind.names) - kind.gone)
+    few = beside_head and count <= _FEW_NODES and kind.cpus > _HEAD_CPUS
+    cpus = kind.cpus - _HEAD_CPUS if few else kind.cpus
+    memory_mib = kind.memory_mib
+    if few and memory_mib:
+        memory_mib -= min(_HEAD_MEMORY_MIB, memory_mib // 2)
+    share = "all of a node but what the head needs beside it" if few else "all of a node; less fits in sooner"
+    sbatch = {
+        "partition": Option(partition.name, _allowed(partition)),
+        **_who(wishes),
+        "cpus_per_task": Option(cpus, share),
+        **_memory(survey, memory_mib, share),
+        **({"gres": Option(_gres(kind), "all GPUs of a node")} if kind.gpus else {}),
+        "time": Option(format_time(_worker_time(partition, wishes)), "Ray moves work away before it ends"),
+    }
+    return TypeProposal(
+        name=_name(partition, kind),
+        about=_about(partition, kind),
+        sbatch=sbatch,
+        max_workers=count if few or not beside_head or count == 1 else count - 1,
+        has_gpus=kind.gpus > 0,
+    )
+
+
+def _who(wishes: Wishes) -> dict[str, Option]:
+    return {
+        **({"account": Option(wishes.account, "who pays")} if wishes.account else {}),
+        **({"qos": Option(wishes.qos, "quality of service")} if wishes.qos else {}),
+    }
+
+
+def _memory(survey: Survey, memory_mib: int, why: str) -> dict[str, Option]:
+    if not (survey.memory_tracked and memory_mib):
+        return {}
+    text = f"{memory_mib // 1024}G" if memory_mib % 1024 == 0 else f"{memory_mib}M"
+    return {"mem": Option(text, why)}
+
+
+def _gres(kind: NodeKind) -> str:
+    return f"gpu:{kind.gpu_type}:{kind.gpus}" if kind.gpu_type else f"gpu:{kind.gpus}"
+
+
+def _worker_time(partition: PartitionFacts, wishes: Wishes) -> int:
+    wanted = wishes.time_s or max(_WORKER_TIME_S, partition.default_time_s or 0)
+    return _limited(wanted, partition.max_time_s)
+
+
+def _limited(wanted_s: int, limit_s: int | None) -> int:
+    return wanted_s if limit_s is None else min(wanted_s, limit_s)
+
+
+def _beyond(wanted_s: int, limit_s: int | None) -> bool:
+    return limit_s is not None and wanted_s > limit_s
+
+
+def _allowed(partition: PartitionFacts) -> str:
+    if partition.max_time_s is None:
+        return "jobs there have no time limit"
+    return f"jobs there end after {format_time(partition.max_time_s)} at the latest"
+
+
+def _names(partition: PartitionFacts) -> list[str]:
+    return [name for kind in partition.kinds for name in kind.names]
+
+
+def _name(partition: PartitionFacts, kind: NodeKind) -> str:
+    """Return a name by which people recognise a kind: ``gpu-a100x4``; ``cpu``; ``cpu-64c`` among several."""
+    if kind.gpus:
+        label = f"{kind.gpu_type or 'gpu'}x{kind.gpus}"
+        name = label if partition.name == kind.gpu_type else f"{partition.name}-{label}"
+    else:
+        several = sum(not other.gpus for other in partition.kinds) > 1
+        name = f"{partition.name}-{kind.cpus}c" if several else partition.name
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name)
+    return f"{name}-nodes" if name == HEAD else name
+
+
+def _about(partition: PartitionFacts, kind: NodeKind) -> str:
+    count = len(kind.names)
+    parts = [f"{kind.cpus} CPUs", *([f"{kind.memory_mib / 1024:.4g} GiB"] if kind.memory_mib else [])]
+    if kind.gpus:
+        parts.append(f"{kind.gpus} GPUs" + (f" {kind.gpu_type}" if kind.gpu_type else ""))
+    gone = f"; {kind.gone} of them down or drained" if kind.gone else ""
+    return f"partition {partition.name}: {count} node{'s' if count > 1 else ''} with {', '.join(parts)}{gone}"
+
+
+def _with_single_names(workers: Sequence[TypeProposal]) -> list[TypeProposal]:
+    """Make names differ: by CPUs, then by memory, then by number."""
+    result = list(workers)
+    for add in (_cpus_of, _memory_of):
+        names = [worker.name for worker in result]
+        result = [
+            replace(worker, name=f"{worker.name}-{add(worker)}") if names.count(worker.name) > 1 else worker
+            for worker in result
+        ]
+    seen: dict[str, int] = {}
+    for index, worker in enumerate(result):
+        seen[worker.name] = seen.get(worker.name, 0) + 1
+        if seen[worker.name] > 1:
+            result[index] = replace(worker, name=f"{worker.name}-{seen[worker.name]}")
+    return result
+
+
+def _cpus_of(worker: TypeProposal) -> str:
+    return f"{worker.sbatch['cpus_per_task'].value}c"
+
+
+def _memory_of(worker: TypeProposal) -> str:
+    memory = worker.sbatch.get("mem")
+    return str(memory.value).lower() if memory else "any"
+
+
+def _with_priorities(workers: Sequence[TypeProposal], partitions: Sequence[PartitionFacts]) -> list[TypeProposal]:
+    """Of partitions that hold the same nodes, prefer the one that was named or listed first."""
+    owner: dict[str, str] = {}
+    for partition in partitions:
+        for name in _names(partition):
+            owner.setdefault(name, partition.name)
+    second = {p.name for p in partitions if any(owner[name] != p.name for name in _names(p))}
+    return [replace(worker, priority=-1 if worker.sbatch["partition"].value in second else 0) for worker in workers]

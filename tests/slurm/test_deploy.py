@@ -1,0 +1,192 @@
+"""`ray-slurm deploy --yes && ray up` on sites of several shapes, with no edit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from support import RAY_SLURM, UserCluster, tasks_script, user_environment
+
+from ray_slurm_provider.sandbox.layout import read_layout
+from ray_slurm_provider.sandbox.lifecycle import Sandbox
+
+pytestmark = [pytest.mark.slurm]
+
+LUA = """
+function slurm_job_submit(job_desc, part_list, submit_uid)
+  %s
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job_desc, job_rec, part_list, modify_uid)
+  return slurm.SUCCESS
+end
+return slurm.SUCCESS
+"""
+FORBIDDEN_MEMORY = """
+  if job_desc.pn_min_memory ~= nil and job_desc.pn_min_memory < 0xfffffffffffffff0 then
+    slurm.log_user("Do not ask for memory")
+    return slurm.ERROR
+  end
+"""
+REQUIRED_ACCOUNT = """
+  slurm.log_user("*** Welcome ***")
+  if job_desc.account ~= "physics" then
+    return 2045
+  end
+"""
+# A plugin that greets, owns the comment, and lowers what it does not like.
+MEDDLING = """
+  slurm.log_user("*** Welcome ***")
+  job_desc.comment = "billed"
+  job_desc.time_limit = 20
+"""
+CPU = {"name": "c", "count": 2, "memory": "8G"}
+SHAPES = {
+    "cpu-only": {"nodes": [CPU], "partitions": [{"name": "cpu", "groups": ["c"], "default": True}]},
+    "one-node": {"nodes": [{**CPU, "count": 1}], "partitions": [{"name": "all", "groups": ["c"]}]},
+    "two-gpu-types": {
+        "nodes": [CPU, {"name": "v", "gpus": 2, "gpu_type": "v100"}, {"name": "a", "cpus": 8, "gpus": 4}],
+        "partitions": [
+            {"name": "cpu", "groups": ["c"], "default": True},
+            {"name": "gpu", "groups": ["v", "a"]},
+        ],
+    },
+    "heterogeneous": {
+        "nodes": [
+            {"name": "small", "cpus": 2},
+            {"name": "large", "cpus": 6, "memory": "9000M"},
+            {"name": "fat", "cpus": 6, "memory": "64G", "options": {"MemSpecLimit": 1024}},
+        ],
+        "partitions": [
+            {"name": "mixed", "groups": ["small", "large"], "default": True},
+            {"name": "all", "groups": ["small", "large", "fat"], "options": {"MaxTime": "2:00:00"}},
+            {"name": "closed", "groups": ["fat"], "options": {"State": "DOWN"}},
+        ],
+    },
+    "tiny-max-time": {
+        "nodes": [CPU],
+        "partitions": [
+            {"name": "debug", "groups": ["c"], "default": True, "options": {"MaxTime": 5, "DefaultTime": 2}}
+        ],
+        "settings": {"EnforcePartLimits": "NO"},
+    },
+    "forbidden-mem": {
+        "nodes": [CPU],
+        "partitions": [{"name": "cpu", "groups": ["c"], "default": True, "options": {"DefMemPerCPU": 1500}}],
+        "job_submit": LUA % FORBIDDEN_MEMORY,
+    },
+    "required-account": {
+        "nodes": [CPU],
+        "partitions": [{"name": "cpu", "groups": ["c"], "default": True}],
+        "job_submit": LUA % REQUIRED_ACCOUNT,
+    },
+    "meddling": {
+        "nodes": [CPU],
+        "partitions": [{"name": "cpu", "groups": ["c"], "default": True}],
+        "job_submit": LUA % MEDDLING,
+        "settings": {"MaxArraySize": 0, "SelectTypeParameters": "CR_CPU"},
+    },
+}
+
+
+class Site:
+    """A SLURM of some shape, and a user on it."""
+
+    def __init__(self, shape, directory):
+        self.parent = Path(tempfile.mkdtemp(prefix="rst-"))
+        self.parent.chmod(0o755)
+        self.box = Sandbox(self.parent / "s")
+        self.directory = directory
+        (directory / "tmp").mkdir()
+        self.box.up(read_layout(shape))
+        self.environ = user_environment(self.box.environment(), directory)
+        # A variable of the user's shell, which the provider does not pass on to sbatch.
+        self.environ["SBATCH_ACCOUNT"] = "physics"
+
+    def deploy(self, *words, code=0):
+        done = subprocess.run(
+            [*RAY_SLURM, "deploy", *words],
+            env=self.environ,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def cluster(self):
+        text = (self.directory / "ray-slurm.yaml").read_text()
+        return UserCluster(self.directory, self.environ, yaml.safe_load(text), text=text)
+
+    def down(self):
+        self.box.down()
+        shutil.rmtree(self.parent, ignore_errors=True)
+
+
+@pytest.fixture
+def make_site(tmp_path):
+    made = []
+
+    def make(shape):
+        made.append(Site(shape, tmp_path))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.down()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_deployed_comes_up_without_an_edit(make_site, tmp_path, shape):
+    site = make_site(SHAPES[shape])
+    said = site.deploy("--yes").stderr
+    cluster = site.cluster()
+    types = cluster.config["available_node_types"]
+    check = json.loads(cluster.ray_slurm("check", "--fast", "--json", cluster.write()).stdout)
+    assert {finding["level"] for finding in check} == {"ok"}, check
+    try:
+        cluster.up()
+        name = max(types, key=lambda name: types[name]["node_config"]["sbatch"]["cpus_per_task"])
+        cpus = types[name]["node_config"]["sbatch"]["cpus_per_task"]
+        (task,) = cluster.run_on_head(tasks_script(tmp_path, 1, f"num_cpus={cpus}"))
+        (worker,) = cluster.workers()
+        assert (task["job"], worker.name.split("-")[2]) == (worker.job_id, name.split("-")[0])
+        _look_at(shape, types, said, cluster)
+        cluster.down()
+        assert cluster.jobs() == []
+    finally:
+        cluster.destroy()
+
+
+def _look_at(shape, types, said, cluster):
+    """What is special about a shape."""
+    options = {name: entry["node_config"]["sbatch"] for name, entry in types.items()}
+    if shape == "two-gpu-types":
+        assert set(types) == {"head", "cpu", "gpu-v100x2", "gpu-a100x4"}
+        assert options["gpu-a100x4"]["gres"] == "gpu:a100:4"
+    elif shape == "heterogeneous":
+        assert (
+            set(types) == {"head", "mixed-2c", "mixed-6c", "all-2c", "all-6c-7000m", "all-6c-62g"} or "closed" in said
+        )
+        assert "closed is left out: it is DOWN" in said
+    elif shape == "tiny-max-time":
+        assert {entry["time"] for entry in options.values()} == {"00:05:00"}
+        assert "--head login-node" in said
+    elif shape == "forbidden-mem":
+        assert not any("mem" in entry for entry in options.values())
+        assert "without --mem" in said
+    elif shape == "required-account":
+        assert {entry["account"] for entry in options.values()} == {"physics"}
+    elif shape == "meddling":
+        assert cluster.config["provider"]["slurm"]["birth_record"] == "file"
+        assert not any("mem" in entry for entry in options.values())
+        assert {job.comment for job in cluster.client.jobs()} == {"billed"}
+        assert json.loads(cluster.ray_slurm("clusters", "--json").stdout)[0]["state"] == "up"
