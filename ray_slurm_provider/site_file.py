@@ -207,8 +207,10 @@ class SiteFile(Section):
         result["max_workers"] = asked
         inner, given = ours.get("node_config") or {}, (written or {}).get("node_config") or {}
         if isinstance(inner, dict) and isinstance(given, dict):
+            if given.get("placement") == "login_node":
+                inner.pop("sbatch", None)  # it is no job any more
             result["node_config"] = {**inner, **given}
-            options, own = inner.get("sbatch") or {}, given.get("sbatch") or {}
+            options, own = inner.get("sbatch"), given.get("sbatch") or {}
             if isinstance(options, dict) and isinstance(own, dict):
                 result["node_config"]["sbatch"] = {**_not_said_otherwise(options, own), **own}
         return result
