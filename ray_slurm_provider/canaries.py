@@ -267,6 +267,7 @@ def _facts(canaries: Sequence[_Canary], word: str, login: tuple[str, int] | None
         "temp_dir": _temp_dir,
         "open files": _open_files,
         "shared memory": _shared_memory,
+        "home": _home,
         "SLURM in the job": _slurm_inside,
     }
     places = ", ".join(f"{c.name} on {c.report.place}" for c in canaries if c.report is not None)
@@ -295,6 +296,7 @@ _GOOD: dict[str, Callable[[Any], str]] = {
     "temp_dir": lambda r: f"{r.temp_dir}, {r.temp_dir_free_mib / 1024:.0f} GiB free",
     "open files": lambda r: f"up to {r.open_files} per process",
     "shared memory": lambda r: f"{r.shared_memory_mib / 1024:.1f} GiB",
+    "home": lambda _: "can be written",
     "SLURM in the job": lambda _: "squeue answers, and sbatch would take a worker's job",
 }
 
@@ -348,6 +350,14 @@ def _address(canary: _Canary, report: CanaryReport) -> Finding | None:
             FAILURE,
             f"{report.place} would use {report.address}, which is itself for every other host{trap}",
             "provider.slurm.interface, or NodeAddr in slurm.conf",
+        )
+    if report.name_is_loopback and not network.is_loopback(report.address):
+        return Finding(
+            check,
+            WARNING,
+            f"{report.place} takes its own name for a loopback address (127.0.1.1 in /etc/hosts); Ray gets"
+            f" {report.address} in its place, other programs may not",
+            "the admin: no line for the host's own name with 127.0.1.1 in /etc/hosts",
         )
     return None
 
@@ -417,6 +427,17 @@ def _shared_memory(canary: _Canary, report: CanaryReport) -> Finding | None:
         WARNING,
         f"{report.place}: /dev/shm has {report.shared_memory_mib} MiB, and the object store {wanted}",
         "a smaller object_store_memory in the type's resources; Ray would put objects on disk",
+    )
+
+
+def _home(canary: _Canary, report: CanaryReport) -> Finding | None:
+    if not report.home_problem:
+        return None
+    return Finding(
+        f"home of {canary.name}",
+        WARNING,
+        f"{report.place}: {report.home_problem}",
+        "the provider does not need it with state_dir elsewhere; what your tasks run may",
     )
 
 

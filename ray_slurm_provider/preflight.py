@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ray_slurm_provider.agent import network, temp_dirs
+from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.bootstrap import resolve_file
 from ray_slurm_provider.canaries import NodeTypeJob, look_around
 from ray_slurm_provider.cluster import Cluster, job_environment
@@ -24,7 +25,7 @@ from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError
 from ray_slurm_provider.file_sync import on_local_disk
 from ray_slurm_provider.findings import FAILURE, FEW_FILES, OK, WARNING, Finding
-from ray_slurm_provider.slurm.parse import parse_time_s
+from ray_slurm_provider.slurm.parse import OUT_OF_SERVICE, parse_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _TOOLS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 _LOCK_S = 5.0
+_FREE_MIB = 200
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ def _controller(site: Site) -> Iterator[Finding]:
 
 def _partitions(site: Site) -> Iterator[Finding]:
     partitions = site.slurm.partitions()
+    nodes = site.slurm.nodes()
     default = [name for name, facts in partitions.items() if facts.get("Default") == "YES"]
     for name, node_config in site.jobs():
         options = node_config.sbatch.chosen()
@@ -155,10 +158,14 @@ def _partitions(site: Site) -> Iterator[Finding]:
             if facts is None:
                 yield _failure(f"partition of {name}", f"there is no partition {partition}", ", ".join(partitions))
                 continue
-            yield from _partition(f"partition of {name}", partition, facts, options)
+            states = [node.get("State", "") for node in nodes if partition in node.get("Partitions", "").split(",")]
+            yield from _partition(f"partition of {name}", facts, states, options)
 
 
-def _partition(check: str, partition: str, facts: Mapping[str, str], options: Mapping[str, Any]) -> Iterator[Finding]:
+def _partition(
+    check: str, facts: Mapping[str, str], states: list[str], options: Mapping[str, Any]
+) -> Iterator[Finding]:
+    partition = facts["PartitionName"]
     longest = facts.get("MaxTime", "UNLIMITED")
     limit_s = parse_time_s(longest)
     time = options.get("time")
@@ -170,6 +177,9 @@ def _partition(check: str, partition: str, facts: Mapping[str, str], options: Ma
             f"time {time} is more than {partition} allows, {longest}: SLURM may take such a job, and it waits for ever",
             f"a time of at most {longest}",
         )
+    elif all(OUT_OF_SERVICE.search(state) for state in states):
+        text = f"none of the {len(states)} nodes of {partition} is in service ({', '.join(sorted(set(states)))})"
+        yield Finding(check, WARNING, text, "jobs wait until the site brings one up; sinfo -R says why")
     else:
         yield Finding(check, OK, f"{partition}, up, at most {longest}")
 
@@ -214,7 +224,14 @@ def _state_dir(site: Site) -> Iterator[Finding]:
             "a directory that login and compute nodes share",
         )
     else:
-        yield Finding("state_dir", OK, f"{directory} can be written and locked")
+        free_mib = shutil.disk_usage(_existing(directory)).free // MIB
+        level = OK if free_mib >= _FREE_MIB else WARNING
+        advice = "" if level == OK else "clear away what is not needed there, or another provider.slurm.state_dir"
+        yield Finding("state_dir", level, f"{directory} can be written and locked; {free_mib} MiB are free", advice)
+
+
+def _existing(directory: Path) -> Path:
+    return next(place for place in (directory, *directory.parents) if place.exists())
 
 
 def _seen_by_this_host_only(site: Site, directory: Path) -> bool:
@@ -252,7 +269,11 @@ def _address(site: Site) -> Iterator[Finding]:
     }
     if not on_login_node:
         yield Finding(
-            "address", OK, "each job takes that of its SLURM node" if not site.settings.interface else "interface"
+            "address",
+            OK,
+            f"each job takes that of interface {site.settings.interface}"
+            if site.settings.interface
+            else "each job takes that of its SLURM node",
         )
         return
     try:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # Nodes of one order have a little more or less memory: such are one kind.
 _SAME_MEMORY = 1.1
 _ACCOUNT_VARIABLES = ("SBATCH_ACCOUNT", "SLURM_ACCOUNT", "SALLOC_ACCOUNT")
-_GONE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def _kind(key: tuple[int, int, str], members: list[tuple[int, dict[str, str]]]) 
         gpus=gpus,
         gpu_type=gpu_type,
         names=tuple(node.get("NodeName", "") for _, node in members),
-        gone=sum(bool(_GONE.search(node.get("State", ""))) for _, node in members),
+        gone=sum(bool(parse.OUT_OF_SERVICE.search(node.get("State", ""))) for _, node in members),
     )
 
 

@@ -17,6 +17,8 @@ _HEADER_START = "JOBID" + SEPARATOR + "STATE" + SEPARATOR
 _ANY_JOB_ID = re.compile(r"\d+(_(\d+|\[.*\]))?(\+\d+)?$")
 _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
 _NOTHING = frozenset({"", "None", "N/A", "(null)", "INVALID", "NOT_SET", "Unknown"})
+# What the state of a SLURM node says when no job can start there (scontrol(1), NODES).
+OUT_OF_SERVICE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
 _MIB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 

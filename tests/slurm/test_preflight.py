@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
+from support import UserCluster, cluster_config, user_environment
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.sandbox import daemons
+from ray_slurm_provider.sandbox.layout import usual_spec
+from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 pytestmark = pytest.mark.slurm
 
 
-def _check(cluster, code):
+def _check(cluster, code, *words):
     cluster.write()
-    done = cluster.ray_slurm("check", cluster.yaml, "--json", check=False)
+    done = cluster.ray_slurm("check", cluster.yaml, "--json", *words, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout)
@@ -22,16 +32,21 @@ def _worker(cluster):
     return cluster.config["available_node_types"]["worker"]["node_config"]
 
 
-def test_a_good_yaml_passes_in_both_placements_and_submits_nothing(make_cluster):
+def test_a_good_yaml_passes_in_both_placements_and_leaves_nothing(make_cluster):
     cluster = make_cluster("fine")
+    findings = _check(cluster, 0, "--fast")
+    assert cluster.client.jobs() == []
+    assert not any("shared" in finding["check"] for finding in findings)
     findings = _check(cluster, 0)
     assert {finding["level"] for finding in findings} == {"ok"}
     assert any("could start at" in finding["text"] for finding in findings)
     cluster.config["available_node_types"]["head"] = {"node_config": {"placement": "login_node"}}
-    assert any("workers connect to" in finding["text"] for finding in _check(cluster, 0))
-    assert cluster.jobs(everything=True) == []
-    assert not cluster.root.exists()
-    text = cluster.ray_slurm("check", cluster.yaml).stdout
+    findings = _check(cluster, 0)
+    assert any("workers connect to" in finding["text"] for finding in findings)
+    assert {"shared directory", "file locks", "software", "connections", "clock"} <= {f["check"] for f in findings}
+    assert [job for job in cluster.client.jobs() if job.alive] == []
+    assert not cluster.root.parent.exists()
+    text = cluster.ray_slurm("check", "--fast", cluster.yaml).stdout
     assert text.startswith("ok       yaml:")
 
 
@@ -63,7 +78,7 @@ def test_a_defect_is_named(make_cluster, check, words, plant):
     cluster = make_cluster("defect")
     environ = dict(cluster.environ)
     plant(cluster)
-    failures = [finding for finding in _check(cluster, 1) if finding["level"] == "failure"]
+    failures = [finding for finding in _check(cluster, 1, "--fast") if finding["level"] == "failure"]
     cluster.environ = environ
     assert check in {finding["check"] for finding in failures}, failures
     assert any(words in finding["text"] + finding["advice"] for finding in failures if finding["check"] == check), (
@@ -74,7 +89,7 @@ def test_a_defect_is_named(make_cluster, check, words, plant):
 def test_what_only_warns_does_not_fail(make_cluster):
     cluster = make_cluster("warned")
     cluster.environ["PATH"] = f"{os.path.dirname(cluster.python)}:{_only_slurm(cluster)}"
-    (finding,) = [finding for finding in _check(cluster, 0) if finding["level"] != "ok"]
+    (finding,) = [finding for finding in _check(cluster, 0, "--fast") if finding["level"] != "ok"]
     assert (finding["check"], finding["level"]) == ("rsync", "warning")
 
 
@@ -85,3 +100,102 @@ def _only_slurm(cluster):
     for tool in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
         (place / tool).symlink_to(f"/usr/bin/{tool}")
     return place
+
+
+def _setup(*lines):
+    return lambda cluster: cluster.config.update(setup_commands=list(lines))
+
+
+def _defects_of_compute_nodes():
+    """What only a job there can find out; a directory of files stands for software that differs there."""
+
+    def module(name, text):
+        def plant(cluster):
+            place = cluster.directory / "there"
+            place.mkdir()
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_text(text)
+            _setup(f"export PYTHONPATH={place}")(cluster)
+
+        return plant
+
+    def tools_not_in_jobs(cluster):
+        place = cluster.directory / "tools"
+        place.mkdir()
+        for tool in ("sbatch", "squeue", "scancel", "scontrol", "srun"):
+            (place / tool).write_text(
+                f'#!/bin/sh\n[ -z "$RAY_SLURM_DIR" ] || [ {tool} = scontrol ] || {{ echo "not here" >&2; exit 1; }}\n'
+                f'exec /usr/bin/{tool} "$@"\n'
+            )
+            (place / tool).chmod(0o755)
+        cluster.config["provider"]["slurm"]["slurm_bin"] = str(place)
+
+    def set_slurm(**settings):
+        return lambda cluster: cluster.config["provider"]["slurm"].update(settings)
+
+    return [
+        ("software of head", "Ray 1.0", module("ray-1.0.dist-info/METADATA", "Name: ray\nVersion: 1.0\n")),
+        (
+            "clock of worker",
+            "120 s ahead",
+            module("sitecustomize.py", "import time\nnow = time.time\ntime.time = lambda: now() + 120\n"),
+        ),
+        ("SLURM in the job of head", "not here", tools_not_in_jobs),
+        ("canary of worker", "setup_commands[0] failed with exit code 3", _setup("(exit 3)")),
+        ("address of head", "interface 'ib9' does not exist", set_slurm(interface="ib9")),
+        ("temp_dir of worker", "/nowhere", set_slurm(temp_dir="/nowhere/$USER")),
+        ("open files of head", "at most 100 per process", _setup("ulimit -n 100")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("check", "words", "plant"), _defects_of_compute_nodes(), ids=lambda part: part if isinstance(part, str) else ""
+)
+def test_a_defect_of_compute_nodes_is_named(make_cluster, check, words, plant):
+    cluster = make_cluster("there")
+    plant(cluster)
+    cluster.write()
+    findings = json.loads(cluster.ray_slurm("check", cluster.yaml, "--json", check=False).stdout)
+    found = {finding["check"]: finding for finding in findings if finding["level"] != "ok"}
+    assert words in found[check]["text"], found
+    assert found[check]["advice"]
+    assert [job for job in cluster.client.jobs() if job.alive] == []
+
+
+def test_a_queue_is_no_failure_and_nothing_stays_in_it(make_cluster):
+    cluster = make_cluster("waiting")
+    _worker(cluster)["sbatch"]["begin"] = "now+1hour"
+    findings = _check(cluster, 0, "--wait", "2")
+    (finding,) = [finding for finding in findings if finding["level"] != "ok"]
+    assert (finding["check"], finding["level"]) == ("canary of worker", "warning")
+    assert "still queued: BeginTime" in finding["text"]
+    assert [job for job in cluster.client.jobs() if job.alive] == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a slurmd with mounts of its own needs root")
+def test_a_directory_that_is_not_shared_is_named(tmp_path):
+    parent = Path(tempfile.mkdtemp(prefix="rst-"))
+    parent.chmod(0o755)
+    box = Sandbox(parent / "s")
+    state = tmp_path / "state"
+    for place in (state, tmp_path / "tmp"):
+        place.mkdir()
+    try:
+        box.up(usual_spec(nodes=2, memory="8G"))
+        environ = user_environment(box.environment(), tmp_path)
+        old = [p for p in daemons.processes_of(box.paths) if b"c2" in p.read("cmdline").split(b"\0")]
+        procfs.end(old, 5)
+        mounted = f"mount -t tmpfs none {state} && exec /usr/sbin/slurmd -N c2"
+        subprocess.run(["unshare", "--mount", "sh", "-c", mounted], env=environ, check=True, timeout=20)
+        cluster = UserCluster(tmp_path, environ, cluster_config("alone", state))
+        _worker(cluster)["sbatch"]["nodelist"] = "c2"
+        assert procfs.wait_until(lambda: box.status().healthy, 20)
+        findings = _check(cluster, 1)
+        (failure,) = [finding for finding in findings if finding["level"] == "failure"]
+        assert failure["check"] == "canary of worker"
+        assert "the directory is not shared" in failure["text"]
+        assert "c2" in failure["text"]
+        assert any(finding["check"] == "shared directory" and "head" in finding["text"] for finding in findings)
+    finally:
+        box.down()
+        shutil.rmtree(parent, ignore_errors=True)
