@@ -24,7 +24,7 @@ from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PO
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load, settings_of
-from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
+from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings, with_defaults
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.file_sync import is_shared
 from ray_slurm_provider.ray_contract import (
@@ -34,6 +34,7 @@ from ray_slurm_provider.ray_contract import (
     silence_legacy_warnings,
 )
 from ray_slurm_provider.reports import ENDED
+from ray_slurm_provider.sbatch_options import SbatchOptions
 from ray_slurm_provider.site_file import check_node_config, read_site
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     settings = settings_of(config)
     site = read_site()
     if site is not None:
-        site.complete(config)
+        site.complete(config, settings.sbatch.chosen())
     provider["slurm"] = {
         **settings.model_dump(exclude_none=True),
         "state_dir": str(settings.directory()),
@@ -279,7 +280,9 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
     path = f"available_node_types.{name}"
     if not isinstance(node_type, dict):
         raise ConfigError(path, "is no mapping", "node_config, resources, min_workers, max_workers, labels, ...")
-    node_config = read_node_config(node_type.get("node_config"), f"{path}.node_config")
+    node_config = _with_options_of_all(
+        read_node_config(node_type.get("node_config"), f"{path}.node_config"), config["provider"]["slurm"]["sbatch"]
+    )
     written = node_type.get("resources") or {}
     if not isinstance(written, dict):
         raise ConfigError(f"{path}.resources", f"{written!r} is no mapping", "names of resources and whole numbers")
@@ -303,6 +306,13 @@ def _resolve_type(config: dict[str, Any], name: str, node_type: Any, accelerator
             "labels": labels,
         },
     }
+
+
+def _with_options_of_all(node_config: NodeConfig, options: dict[str, Any]) -> NodeConfig:
+    if node_config.placement != "slurm" or not options:
+        return node_config
+    joined = with_defaults(node_config.sbatch.chosen(), options)
+    return node_config.model_copy(update={"sbatch": SbatchOptions.model_validate(joined)})
 
 
 def _not_told_to_slurm(config: dict[str, Any], node_config: NodeConfig, found: Mapping[str, int]) -> set[str]:

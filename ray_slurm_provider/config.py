@@ -106,6 +106,8 @@ class SlurmSettings(Section):
     has. The address of the SLURM node when it is not given."""
     temp_dir: Line = "/tmp"  # noqa: S108 the agent makes a private directory in it
     """Directory for Ray's temporary files on the compute node; may name variables, for example ``$SLURM_TMPDIR``."""
+    sbatch: SbatchOptions = SbatchOptions()
+    """sbatch options of every node type that is a job; what a type says itself wins."""
     ports: Ports = Ports()
     """Ranges for Ray's ports; free ones are chosen when it is not given."""
     token_auth: bool = True
@@ -184,6 +186,7 @@ def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
     Raises:
         ConfigError: It holds a mistake.
     """
+    _refuse_protected_options(section, path)
     settings = read_section(SlurmSettings, {} if section is None else section, path)
     settings.directory()
     for name in ("python", "slurm_bin"):
@@ -193,6 +196,16 @@ def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
     _check_ports(settings.ports)
     _check_directives(settings, path)
     return settings
+
+
+# Ways to say the same: whoever says one of them does not want another one's default.
+_ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
+
+
+def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sbatch options with defaults for what they do not say, in this way or in another."""
+    said = {name for group in _ALTERNATIVES if set(group) & set(options) for name in group}
+    return {**{name: value for name, value in defaults.items() if name not in said}, **options}
 
 
 def requested_options(settings: SlurmSettings, config: NodeConfig, path: str) -> list[Requested]:
@@ -257,10 +270,7 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
     Raises:
         ConfigError: It holds a mistake.
     """
-    options = section.get("sbatch") if isinstance(section, dict) else None
-    if isinstance(options, dict):
-        for key in options:
-            _refuse_protected(str(key), f"{path}.sbatch.{key}")
+    _refuse_protected_options(section, path)
     config = read_section(NodeConfig, {} if section is None else section, path)
     _check_directives(config, path)
     for argument in config.ray_start_args:
@@ -294,6 +304,12 @@ def check_cluster_name(name: Any) -> str:
             "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first",
         )
     return name
+
+
+def _refuse_protected_options(section: Any, path: str) -> None:
+    options = section.get("sbatch") if isinstance(section, dict) else None
+    for key in options if isinstance(options, dict) else ():
+        _refuse_protected(str(key), f"{path}.sbatch.{key}")
 
 
 def _refuse_protected(key: str, path: str) -> None:

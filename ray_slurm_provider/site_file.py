@@ -25,6 +25,7 @@ from ray_slurm_provider.config import (
     read_section,
     read_settings,
     requested_options,
+    with_defaults,
 )
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.fields import Line, Section
@@ -42,8 +43,6 @@ _BELOW_PREFIX = "etc/ray-slurm/site.yaml"
 _ALWAYS_LOCKED = ("slurm_bin", "clusters")
 # A YAML adds to these lists; what the site put there stays.
 _JOINED = ("prologue", "epilogue", "sbatch_skip", "sbatch_extra", "ssh_args")
-# Ways to say the same: whoever says one of them does not want the site's default for another.
-_ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
 # What Ray puts in place of node types that a YAML does not have (ray/autoscaler/_private/providers.py).
 _RAY_TYPES = frozenset({"ray.head.default", "ray.worker.default"})
 
@@ -133,13 +132,17 @@ class SiteFile(Section):
         result["site"] = self.rules.model_dump(exclude_none=True)
         return result
 
-    def complete(self, config: dict[str, Any]) -> None:
+    def complete(self, config: dict[str, Any], everywhere: Mapping[str, Any]) -> None:
         """Fill in the node types of a cluster YAML, and their sbatch options.
+
+        Args:
+            config: The cluster YAML.
+            everywhere: sbatch options that it has for all node types.
 
         Raises:
             SiteRuleError: They contradict a lock.
         """
-        self._complete_types(config)
+        self._complete_types(config, everywhere)
         for name, entry in config["available_node_types"].items():
             node_config = entry.get("node_config") if isinstance(entry, dict) else None
             if isinstance(entry, dict) and node_config is None:
@@ -173,7 +176,7 @@ class SiteFile(Section):
     def _more(value: Any, most: int) -> bool:
         return isinstance(value, int) and value > most
 
-    def _complete_types(self, config: dict[str, Any]) -> None:
+    def _complete_types(self, config: dict[str, Any], everywhere: Mapping[str, Any]) -> None:
         ours = self.defaults.available_node_types
         types = config.get("available_node_types")
         if not ours or not (isinstance(types, dict) or types is None):
@@ -186,11 +189,13 @@ class SiteFile(Section):
         if config["head_node_type"] not in chosen and config["head_node_type"] in ours:
             chosen.insert(0, config["head_node_type"])
         most = config.get("max_workers", 0)
-        config["available_node_types"] = {name: self._joined_type(name, written.get(name), most) for name in chosen}
+        config["available_node_types"] = {
+            name: self._joined_type(name, written.get(name), most, everywhere) for name in chosen
+        }
         if config["head_node_type"] not in written:
             config["available_node_types"][config["head_node_type"]]["max_workers"] = 0
 
-    def _joined_type(self, name: str, written: Any, most: Any) -> Any:
+    def _joined_type(self, name: str, written: Any, most: Any, everywhere: Mapping[str, Any]) -> Any:
         ours = copy.deepcopy(self.defaults.available_node_types.get(name))
         if ours is None or not (isinstance(written, dict) or written is None):
             return written
@@ -211,8 +216,9 @@ class SiteFile(Section):
                 inner.pop("sbatch", None)  # it is no job any more
             result["node_config"] = {**inner, **given}
             options, own = inner.get("sbatch"), given.get("sbatch") or {}
+            own = with_defaults(own, everywhere) if isinstance(own, dict) else own
             if isinstance(options, dict) and isinstance(own, dict):
-                result["node_config"]["sbatch"] = {**_not_said_otherwise(options, own), **own}
+                result["node_config"]["sbatch"] = with_defaults(own, options)
         return result
 
     def complete_options(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -223,7 +229,7 @@ class SiteFile(Section):
         """
         locked = self.locked.sbatch.chosen()
         self._refuse_locked(options, locked, path, "locked.sbatch")
-        result = {**_not_said_otherwise(self.defaults.sbatch.chosen(), options), **options, **locked}
+        result = {**with_defaults(options, self.defaults.sbatch.chosen()), **locked}
         if self.limits.partitions:
             result.setdefault("partition", self.limits.partitions[0])
         if self.limits.max_time is not None:
@@ -384,9 +390,3 @@ def _real_pattern(pattern: str) -> str:
     """Return a pattern with the links in its fixed part resolved: the site's own links are no way round."""
     fixed = Path(*[part for part in Path(pattern).parts if not set(part) & set("*?[")])
     return os.path.realpath(fixed) + pattern.removeprefix(str(fixed))
-
-
-def _not_said_otherwise(defaults: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out defaults in place of which something of the same kind was written."""
-    said = {name for group in _ALTERNATIVES if set(group) & set(options) for name in group}
-    return {name: value for name, value in defaults.items() if name not in said}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import ray
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,6 +48,43 @@ def _home(parent):
     home = parent / "home"
     (home / "tmp").mkdir(parents=True)
     return home
+
+
+@pytest.fixture(scope="session")
+def public_place():
+    """A directory that every user may enter."""
+    path = Path(tempfile.mkdtemp(prefix="rsu-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def users(public_place):
+    """Two Unix users; only root may make such."""
+    made = []
+    try:
+        for name in ("rsp-alice", "rsp-bob"):
+            home = public_place / name
+            subprocess.run(["useradd", "--create-home", "--home-dir", home, "--shell", "/bin/bash", name], check=True)
+            made.append(name)
+            home.chmod(0o700)
+        yield made
+    finally:
+        for name in made:
+            subprocess.run(["userdel", "--force", name], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def site_prefix(public_place):
+    """Ray and this package as an admin installs them for everybody."""
+    prefix = public_place / "apps" / "ray"
+    script = Path(__file__).parents[1] / "deploy" / "install_site.sh"
+    done = subprocess.run(
+        [script, prefix, "--python", "/usr/bin/python3", "--ray", ray.__version__], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return prefix
 
 
 @pytest.fixture

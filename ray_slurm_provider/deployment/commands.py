@@ -18,7 +18,8 @@ from ray_slurm_provider.deployment.proposal import Wishes
 from ray_slurm_provider.deployment.site_document import SitePolicy, site_document, user_yaml
 from ray_slurm_provider.deployment.survey import Survey, take_survey, usual_account
 from ray_slurm_provider.errors import DeployError
-from ray_slurm_provider.site_file import parse_site, site_file_to_write, without_site_file
+from ray_slurm_provider.site_file import parse_site, read_site, site_file_to_write, without_site_file
+from ray_slurm_provider.site_rules import SiteLimits
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 from ray_slurm_provider.slurm.process import SlurmTools
@@ -84,6 +85,7 @@ def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answe
         template=answers["template"] or "",
         file_name="ray-slurm.yaml" if str(path) == _STDOUT or for_site else path.name,
         settings=_settings(answers),
+        limits=_limits(answers, for_site=for_site),
         environ=os.environ,
         tell=lambda line: click.echo(f"  note: {line}", err=True),
     )
@@ -152,6 +154,15 @@ def _settings(answers: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "ports": ({name: value for name, value in ports.items() if value}, "what the firewall lets through"),
     }
     return {name: (value, why) for name, (value, why) in values.items() if value}
+
+
+def _limits(answers: dict[str, Any], *, for_site: bool) -> SiteLimits:
+    """Return how far the node types may go: as the site file says, or as the one says that is being made."""
+    if not for_site:
+        site = read_site()
+        return SiteLimits() if site is None else site.limits
+    longest = _seconds("--max-time", answers["max_time"])
+    return SiteLimits(max_nodes=answers["max_nodes"], max_time=None if longest is None else format_time(longest))
 
 
 def _policy(survey: Survey, answers: dict[str, Any]) -> SitePolicy:

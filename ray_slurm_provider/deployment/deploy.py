@@ -74,6 +74,7 @@ def make_cluster_yaml(
     template: str,
     file_name: str,
     settings: Mapping[str, tuple[Any, str]],
+    limits: SiteLimits,
     environ: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> Deployment:
@@ -85,6 +86,7 @@ def make_cluster_yaml(
         template: Name or path of the template.
         file_name: What the file will be called.
         settings: Keys of ``provider.slurm``, each with one line on it.
+        limits: What the site allows.
         environ: The environment of `ray up`.
         tell: Called with a line for each thing that is not as usual.
 
@@ -93,14 +95,13 @@ def make_cluster_yaml(
         SlurmUnavailable: Nobody answers.
     """
     site = read_site()
-    if site is not None:
-        survey = _within(survey, site.limits)
+    survey = _within(survey, limits)
     if "state_dir" not in settings and not (site and "state_dir" in {**site.defaults.slurm, **site.locked.slurm}):
         settings = {"state_dir": usual_state_dir(survey, environ), **settings}
     proposal = propose(survey, wishes)
-    if site is not None and site.limits.max_nodes is not None:
+    if limits.max_nodes is not None:
         is_job = bool(proposal.heads[0].sbatch)
-        proposal = replace(proposal, max_workers=min(proposal.max_workers, site.limits.max_nodes - is_job))
+        proposal = replace(proposal, max_workers=min(proposal.max_workers, limits.max_nodes - is_job))
     prober = Prober(_settings(settings), wishes.cluster_name, environ)
     proposal, notes = _fitted(survey, proposal, prober, environ)
     for note in [*proposal.notes, *notes]:

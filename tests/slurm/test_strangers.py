@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-import ray
 from ray.core.generated import (
     gcs_service_pb2,
     gcs_service_pb2_grpc,
@@ -30,7 +28,6 @@ from ray.core.generated import (
 )
 from support import UserCluster, cluster_config, listening_ports, tasks_script, user_environment, wait_for
 
-import ray_slurm_provider
 from ray_slurm_provider import procfs
 
 pytestmark = [
@@ -39,67 +36,23 @@ pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="makes users, which only root may"),
 ]
 
-NAMES = ("rsp-alice", "rsp-bob")
 HTTP_PATHS = ("/", "/metrics", "/api/version", "/api/jobs/", "/api/v0/nodes", "/nodes?view=summary", "/logs", "/events")
 
 
 @pytest.fixture(scope="module")
-def place():
-    """A directory that every user may enter."""
-    path = Path(tempfile.mkdtemp(prefix="rsu-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
-def users(place):
-    made = []
-    for name in NAMES:
-        subprocess.run(
-            ["useradd", "--create-home", "--home-dir", place / name, "--shell", "/bin/bash", name], check=True
-        )
-        (place / name).chmod(0o700)
-        made.append(name)
-    yield made
-    for name in made:
-        subprocess.run(["userdel", "--force", name], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def python(place, users):
-    """An interpreter that other users can read, with Ray and this package in it."""
-    venv = place / "venv"
-    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", venv], check=True)
-    (packages,) = venv.glob("lib/python3*/site-packages")
-    shutil.copytree(Path(ray_slurm_provider.__file__).parent, packages / "ray_slurm_provider")
-    ours = Path(ray.__file__).parents[1]
-    (packages / "shared.pth").write_text(f"{ours}\n")
-    works = subprocess.run(
-        [venv / "bin" / "python", "-c", "import ray, pydantic"], user=users[0], cwd="/", capture_output=True
-    )
-    if works.returncode:
-        # This interpreter is of another version, or what it uses cannot be read by others.
-        (packages / "shared.pth").unlink()
-        wanted = [f"ray[default]=={ray.__version__}", "click", "filelock", "pydantic", "pyyaml", "rich"]
-        pip = [sys.executable, "-m", "pip", "--python", venv, "install", "--quiet"]
-        subprocess.run([*pip, *wanted], check=True)
-    return str(venv / "bin" / "python")
-
-
-@pytest.fixture(scope="module")
-def clusters(place, users, python, sandbox_environment):
+def clusters(public_place, users, site_prefix, sandbox_environment):
     """Alice's head is a job, Bob's is on the login node; both began at the same moment."""
     made = []
+    python = str(site_prefix / "bin" / "python")
     for user, head in zip(users, (None, {"node_config": {"placement": "login_node"}}), strict=True):
-        home = place / user
+        home = public_place / user
         environ = {
             **user_environment(sandbox_environment, home),
             "PATH": f"{Path(python).parent}:/usr/bin:/bin",
             "USER": user,
             "TMPDIR": "/tmp",
         }
-        directory = place / f"{user}-yaml"
+        directory = public_place / f"{user}-yaml"
         directory.mkdir()
         worker = {"worker": {"max_workers": 2, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "1G"}}}}
         # The very same YAML for both, but for the place of the head.
@@ -273,7 +226,7 @@ def test_the_same_yaml_means_each_ones_own_cluster(clusters):
     # Without --no-config-cache, as `ray down` always is.
     for cluster in (alice, bob):
         cluster.ray("exec", cluster.yaml, "true")
-        assert [path for path in Path("/tmp").glob("ray-config-*") if path.owner() in NAMES] == []
+        assert [path for path in Path("/tmp").glob("ray-config-*") if path.owner().startswith("rsp-")] == []
     alice.down()
     assert bob.root.exists()
     assert "NODES" in _driver(bob, _access(bob)).stdout
@@ -308,4 +261,4 @@ def test_both_go_and_leave_nothing(clusters):
         cluster.down()
         assert not cluster.root.exists()
         cluster.wait_until_no_process_is_left(20)
-    assert [path for path in Path("/tmp").glob("rsp-*") if path.owner() in NAMES] == []
+    assert [path for path in Path("/tmp").glob("rsp-*") if path.owner().startswith("rsp-")] == []
