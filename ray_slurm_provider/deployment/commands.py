@@ -84,7 +84,7 @@ def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answe
         wishes,
         template=answers["template"] or "",
         file_name="ray-slurm.yaml" if str(path) == _STDOUT or for_site else path.name,
-        settings=_settings(answers),
+        settings=_settings(answers, for_site=for_site),
         limits=_limits(answers, for_site=for_site),
         environ=os.environ,
         tell=lambda line: click.echo(f"  note: {line}", err=True),
@@ -144,13 +144,14 @@ def _wishes(survey: Survey, answers: dict[str, Any], *, asks: bool) -> Wishes:
     )
 
 
-def _settings(answers: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+def _settings(answers: dict[str, Any], *, for_site: bool) -> dict[str, tuple[Any, str]]:
     """Return what the options say of ``provider.slurm``, each with one line on it."""
     ports = {"services": answers["service_ports"], "workers": answers["worker_ports"]}
     values = {
         "state_dir": (answers["state_dir"], "login and compute nodes must share it"),
         "slurm_bin": (answers["slurm_bin"], "where sbatch and the others are"),
         "interface": (answers["interface"], "whose address Ray uses"),
+        "prologue": (list(answers["setup"]) if for_site else [], "run first in every node"),
         "ports": ({name: value for name, value in ports.items() if value}, "what the firewall lets through"),
     }
     return {name: (value, why) for name, (value, why) in values.items() if value}

@@ -131,9 +131,9 @@ def propose(survey: Survey, wishes: Wishes) -> Proposal:
     heads = [_login_head()] if on_login_node else _heads(survey, partitions, wishes)
     shared = set() if on_login_node else set(_names(_home_of_head(partitions)))
     workers = [
-        _worker(survey, partition, kind, wishes, beside_head=bool(shared & set(_names(partition))))
+        replace(_worker(survey, partition, kind, wishes, beside_head=bool(shared & set(_names(partition)))), name=name)
         for partition in partitions
-        for kind in partition.kinds
+        for kind, name in zip(partition.kinds, _names_of(partition), strict=True)
     ]
     workers = _with_priorities(_with_single_names(workers), partitions)
     total = sum(worker.max_workers for worker in workers)
@@ -211,7 +211,7 @@ def _worker(
         "time": Option(format_time(_worker_time(partition, wishes)), "Ray moves work away before it ends"),
     }
     return TypeProposal(
-        name=_name(partition, kind),
+        name=partition.name,
         about=_about(partition, kind),
         sbatch=sbatch,
         max_workers=count if few or not beside_head or count == 1 else count - 1,
@@ -260,14 +260,26 @@ def _names(partition: PartitionFacts) -> list[str]:
     return [name for kind in partition.kinds for name in kind.names]
 
 
-def _name(partition: PartitionFacts, kind: NodeKind) -> str:
-    """Return a name by which people recognise a kind: ``gpu-a100x4``; ``cpu``; ``cpu-64c`` among several."""
+def _names_of(partition: PartitionFacts) -> list[str]:
+    """Return a name for each kind by which people recognise it: ``gpu-a100x4``, ``cpu``; ``cpu-64c`` of several."""
+    bases = [_base_name(partition, kind) for kind in partition.kinds]
+    names = []
+    for base, kind in zip(bases, partition.kinds, strict=True):
+        alike = [other for name, other in zip(bases, partition.kinds, strict=True) if name == base]
+        parts = [base]
+        if len({other.cpus for other in alike}) > 1:
+            parts.append(f"{kind.cpus}c")
+        if sum(other.cpus == kind.cpus for other in alike) > 1:
+            parts.append(f"{round(kind.memory_mib / 1024)}g")
+        names.append("-".join(parts))
+    return names
+
+
+def _base_name(partition: PartitionFacts, kind: NodeKind) -> str:
+    label = f"{kind.gpu_type or 'gpu'}x{kind.gpus}"
+    name = partition.name
     if kind.gpus:
-        label = f"{kind.gpu_type or 'gpu'}x{kind.gpus}"
         name = label if partition.name == kind.gpu_type else f"{partition.name}-{label}"
-    else:
-        several = sum(not other.gpus for other in partition.kinds) > 1
-        name = f"{partition.name}-{kind.cpus}c" if several else partition.name
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name)
     return f"{name}-nodes" if name == HEAD else name
 
@@ -282,29 +294,14 @@ def _about(partition: PartitionFacts, kind: NodeKind) -> str:
 
 
 def _with_single_names(workers: Sequence[TypeProposal]) -> list[TypeProposal]:
-    """Make names differ: by CPUs, then by memory, then by number."""
-    result = list(workers)
-    for add in (_cpus_of, _memory_of):
-        names = [worker.name for worker in result]
-        result = [
-            replace(worker, name=f"{worker.name}-{add(worker)}") if names.count(worker.name) > 1 else worker
-            for worker in result
-        ]
+    """Number those whose names are the same in spite of all."""
     seen: dict[str, int] = {}
-    for index, worker in enumerate(result):
+    result = []
+    for worker in workers:
         seen[worker.name] = seen.get(worker.name, 0) + 1
-        if seen[worker.name] > 1:
-            result[index] = replace(worker, name=f"{worker.name}-{seen[worker.name]}")
+        number = seen[worker.name]
+        result.append(replace(worker, name=f"{worker.name}-{number}") if number > 1 else worker)
     return result
-
-
-def _cpus_of(worker: TypeProposal) -> str:
-    return f"{worker.sbatch['cpus_per_task'].value}c"
-
-
-def _memory_of(worker: TypeProposal) -> str:
-    memory = worker.sbatch.get("mem")
-    return str(memory.value).lower() if memory else "any"
 
 
 def _with_priorities(workers: Sequence[TypeProposal], partitions: Sequence[PartitionFacts]) -> list[TypeProposal]:

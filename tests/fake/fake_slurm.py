@@ -7,6 +7,7 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     hang        list of tools that give no answer
     refuse      what sbatch says when it refuses
     lost        sbatch submits, but gives no answer
+    comment     what the site writes into the comment of every job
     squeue      what squeue prints in place of the truth; "half" cuts the last line
     calls       counted by tool (written, not read)
 """
@@ -57,15 +58,17 @@ def sbatch(faults):
             "id": number,
             "state": "PENDING",
             "name": options["job-name"],
-            "comment": options["comment"],
+            "comment": faults.get("comment", options.get("comment", "(null)")),
             "options": options,
+            "cluster": os.environ.get("SLURM_CLUSTERS", ""),
         }
     )
     save("jobs.json", jobs)
     (HERE / f"script-{number}.sh").write_text(script)
     if faults.get("lost"):
         sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
-    print(number)
+    print("*** Welcome ***")
+    print(f"{number};{os.environ['SLURM_CLUSTERS']}" if "SLURM_CLUSTERS" in os.environ else number)
 
 
 def squeue(faults):
@@ -89,6 +92,8 @@ def squeue(faults):
         if not job.get("forgotten")
     ]
     text = "".join(SEPARATOR.join(row) + "\n" for row in rows)
+    if "SLURM_CLUSTERS" in os.environ:
+        text = f"CLUSTER: {os.environ['SLURM_CLUSTERS']}\n{text}"
     sys.stdout.write(text[:-40] if faults.get("squeue") == "half" else text)
 
 

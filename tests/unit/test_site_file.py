@@ -134,6 +134,20 @@ def test_a_yaml_changes_what_it_may(site):
     assert types["own"]["node_config"]["sbatch"]["time"] == "02:00:00"
 
 
+def test_one_key_says_something_of_all_types(site):
+    site.write_text(site.read_text().replace("forbidden_options:", "required_options: [account]\n  forbidden_options:"))
+    assert "limits.required_options" in str(_refused(_user()))
+    config = _user()
+    config["provider"]["slurm"] = {"sbatch": {"account": "physics", "mem_per_cpu": "1G", "time": "1:00:00"}}
+    types = resolve_written(config)["available_node_types"]
+    for name in ("head", "cpu", "gpu"):
+        options = types[name]["node_config"]["sbatch"]
+        assert (options["account"], options["mem_per_cpu"], options["time"]) == ("physics", "1G", "1:00:00")
+        assert "mem" not in options
+    config["provider"]["slurm"]["sbatch"]["partition"] = "secret"
+    assert "limits.partitions" in str(_refused(config))
+
+
 def _attempts():
     """Ways to get around the rules, each with the rule that stops it."""
 
@@ -171,6 +185,8 @@ def _attempts():
         "time added": ("limits.max_time", slurm(sbatch_extra=["--time=9:00:00"])),
         "more nodes": ("limits.max_nodes", top(max_workers=9)),
         "more of a type": ("defaults.available_node_types.cpu", top(available_node_types={"cpu": {"max_workers": 5}})),
+        "a partition for all": ("limits.partitions", slurm(sbatch={"partition": "secret"})),
+        "a qos for all": ("locked.sbatch.qos", slurm(sbatch={"qos": "high"})),
         "another qos": ("locked.sbatch.qos", sbatch(qos="high")),
         "qos added": ("locked.sbatch.qos", node(sbatch_extra=["--qos=high"])),
         "qos left out": ("locked.sbatch.qos", slurm(sbatch_skip=["qos"])),
