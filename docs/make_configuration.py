@@ -10,14 +10,17 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
 from ray_slurm_provider.config import NodeConfig, Ports, SlurmSettings
 from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
+from ray_slurm_provider.site_file import SiteDefaults, SiteFile, SiteLocks
+from ray_slurm_provider.site_rules import SiteLimits
 from ray_slurm_provider.yaml_schema import yaml_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from pydantic import BaseModel
 
 _HEAD = """\
 # Configuration
@@ -89,6 +92,12 @@ head_setup_commands: []
 worker_setup_commands: []
 """
 _WIDTH = 118
+_SITE: list[tuple[str, type[BaseModel]]] = [
+    ("site.yaml", SiteFile),
+    ("defaults", SiteDefaults),
+    ("locked", SiteLocks),
+    ("limits", SiteLimits),
+]
 
 
 def main() -> None:
@@ -145,6 +154,9 @@ def page() -> str:
                 "Options of sbatch by their long names with `_` for `-`; the man page of sbatch explains each.",
                 SbatchOptions,
             ),
+            "## The site file\n",
+            "What an admin decides once for all users: [for admins](site.md).\n",
+            *(_table(heading, model) for heading, model in _SITE),
             "## Options that the provider sets itself\n",
             "| option | because |\n|---|---|",
             *(f"| `{name}` | {reason} |" for name, reason in sorted(PROTECTED_OPTIONS.items())),
@@ -154,6 +166,10 @@ def page() -> str:
 
 
 def _section(title: str, intro: str, model: type[BaseModel]) -> str:
+    return f"## {title}\n\n{intro}\n\n{_table('', model)}"
+
+
+def _table(heading: str, model: type[BaseModel]) -> str:
     properties = model.model_json_schema()["properties"]
     rows = [
         f"| `{name}` | {_type(properties[name])} | {_default(field.default)} | {_text(field.description)} |"
@@ -161,7 +177,12 @@ def _section(title: str, intro: str, model: type[BaseModel]) -> str:
         if not (field.json_schema_extra or {})
     ]
     return "\n".join(
-        [f"## {title}\n", f"{intro}\n", "| key | type | default | meaning |\n|---|---|---|---|", *rows, ""]
+        [
+            *([f"### `{heading}`\n"] if heading else []),
+            "| key | type | default | meaning |\n|---|---|---|---|",
+            *rows,
+            "",
+        ]
     )
 
 
@@ -179,7 +200,9 @@ def _type(schema: dict[str, Any]) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or isinstance(value, (SbatchOptions, Ports)):
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or isinstance(value, BaseModel):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
