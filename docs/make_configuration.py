@@ -202,7 +202,7 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    if value is None or isinstance(value, BaseModel):
+    if value in (None, "") or isinstance(value, BaseModel):
         return ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 

@@ -15,9 +15,8 @@ import yaml
 
 from ray_slurm_provider import __version__
 from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
-from ray_slurm_provider.cluster_yaml import load, open_cluster
+from ray_slurm_provider.cluster_yaml import load, open_cluster, settings_of
 from ray_slurm_provider.clusters import find_clusters
-from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.deployment.commands import deploy
 from ray_slurm_provider.errors import SlurmProviderError
 from ray_slurm_provider.findings import FAILURE
@@ -26,6 +25,7 @@ from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
 from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, full_host_name, tunnel_command
 
 
@@ -161,13 +161,14 @@ def ssh_command(config: Path, login_host: str, user: str) -> None:
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    default=lambda: SlurmSettings().directory(),
-    show_default="~/.ray-slurm",
+    show_default="the site's, or ~/.ray-slurm",
     help="Where to look for clusters of which nothing runs.",
 )
-def clusters(as_json: bool, state_dir: Path) -> None:
+def clusters(as_json: bool, state_dir: Path | None) -> None:
     """List all your clusters and how they stand."""
-    rows = find_clusters(SlurmClient(), state_dir)
+    settings = settings_of({"provider": {}})
+    slurm = SlurmClient(SlurmTools(settings.slurm_bin or "", cluster=settings.clusters or ""))
+    rows = find_clusters(slurm, state_dir or settings.directory())
     if as_json:
         click.echo(json.dumps([row.__dict__ for row in rows], indent=1))
     else:

@@ -91,6 +91,11 @@ class SlurmError(SlurmProviderError):
         self.advice = advice
         super().__init__(self._message())
 
+    @property
+    def complaint(self) -> str:
+        """Return what the tool complained about as one line: the site's own plugins speak first, SLURM last."""
+        return "; ".join(line.strip() for line in self.stderr.splitlines() if line.strip()) or str(self)
+
     def _message(self) -> str:
         said = self.stderr.strip() or self.stdout.strip() or "no output"
         code = "did not end" if self.returncode is None else f"exit code {self.returncode}"

@@ -137,7 +137,10 @@ def _controller(site: Site) -> Iterator[Finding]:
     try:
         site.slurm.jobs()
     except SlurmError as error:
-        yield _failure("controller", str(error), "is slurmctld up, and munge on this host? try: scontrol ping")
+        if "munge" in str(error).lower():
+            yield _failure("munge", str(error), "munged must run on this host, with the key of the cluster")
+        else:
+            yield _failure("controller", str(error), "is slurmctld up? try: scontrol ping")
     else:
         yield Finding("controller", OK, "slurmctld answers")
 
@@ -194,8 +197,9 @@ def _submission(site: Site, name: str, node_config: NodeConfig) -> Finding:
     try:
         return Finding(f"job of {name}", OK, site.slurm.test_submit(text, site.environ))
     except SlurmError as error:
-        said = next((line for line in error.stderr.splitlines() if line.strip()), str(error))
-        return _failure(f"job of {name}", f"sbatch refuses it: {said}", f"ray-slurm render {site.path} {name} shows it")
+        return _failure(
+            f"job of {name}", f"sbatch refuses it: {error.complaint}", f"ray-slurm render {site.path} {name} shows it"
+        )
 
 
 def _state_dir(site: Site) -> Iterator[Finding]:

@@ -208,7 +208,13 @@ def _output(output: str | None, *, for_site: bool, asks: bool) -> Path:
 
 
 def _tell_site(survey: Survey) -> None:
-    click.echo(f"SLURM {survey.version}, cluster {survey.cluster}: {len(survey.partitions)} partitions", err=True)
+    facts = [
+        f"{len(survey.partitions)} partitions",
+        "memory is handed out to jobs" if survey.memory_tracked else "memory is not handed out to jobs",
+        f"job arrays up to {survey.max_array_size}" if survey.max_array_size > 1 else "no job arrays",
+        "no preemption" if survey.preempt_mode == "OFF" else f"preemption by {survey.preempt_mode}",
+    ]
+    click.echo(f"SLURM {survey.version}, cluster {survey.cluster}: {', '.join(facts)}", err=True)
     for partition in survey.partitions:
         limit = "no time limit" if partition.max_time_s is None else f"at most {format_time(partition.max_time_s)}"
         nodes = sum(len(kind.names) for kind in partition.kinds)

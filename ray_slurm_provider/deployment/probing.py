@@ -76,7 +76,7 @@ class Prober:
         except SlurmUnavailable:
             raise
         except SlurmError as error:
-            return "; ".join(line.strip() for line in error.stderr.splitlines() if line.strip()) or str(error)
+            return error.complaint
         return ""
 
     def fit(self, proposed: TypeProposal, changes: Sequence[Change]) -> tuple[TypeProposal, list[Change]] | None:

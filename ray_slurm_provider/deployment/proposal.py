@@ -289,8 +289,13 @@ def _about(partition: PartitionFacts, kind: NodeKind) -> str:
     parts = [f"{kind.cpus} CPUs", *([f"{kind.memory_mib / 1024:.4g} GiB"] if kind.memory_mib else [])]
     if kind.gpus:
         parts.append(f"{kind.gpus} GPUs" + (f" {kind.gpu_type}" if kind.gpu_type else ""))
-    gone = f"; {kind.gone} of them down or drained" if kind.gone else ""
-    return f"partition {partition.name}: {count} node{'s' if count > 1 else ''} with {', '.join(parts)}{gone}"
+    text = f"partition {partition.name}: {count} node{'s' if count > 1 else ''} with {', '.join(parts)}"
+    further = {
+        f"; features {', '.join(kind.features[:5])}": bool(kind.features) and count > 1,
+        f"; {kind.gone} of them down or drained": bool(kind.gone),
+        f"; jobs there may be preempted ({partition.preempt_mode})": bool(partition.preempt_mode),
+    }
+    return text + "".join(part for part, holds in further.items() if holds)
 
 
 def _with_single_names(workers: Sequence[TypeProposal]) -> list[TypeProposal]:

@@ -36,6 +36,7 @@ class NodeKind:
         gpu_type: Their type; "" when it is not given.
         names: The nodes.
         gone: How many of them are down or drained now.
+        features: Features that all of them have, for ``constraint``.
     """
 
     cpus: int
@@ -44,6 +45,7 @@ class NodeKind:
     gpu_type: str = ""
     names: tuple[str, ...] = ()
     gone: int = 0
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PartitionFacts:
         default_time_s: Time limit of jobs that ask for none; None when there is no such.
         kinds: The kinds of nodes in it.
         closed: Why nothing can be submitted there; "" when it can.
+        preempt_mode: What happens to its jobs when others want their nodes; "" when nothing does.
     """
 
     name: str
@@ -65,6 +68,7 @@ class PartitionFacts:
     default_time_s: int | None = None
     kinds: tuple[NodeKind, ...] = ()
     closed: str = ""
+    preempt_mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ def _partition(facts: Mapping[str, str], nodes: list[dict[str, str]], person: _P
         default_time_s=_time(facts.get("DefaultTime")),
         kinds=kinds,
         closed=_why_closed(facts, person) or ("" if kinds else "it has no nodes"),
+        preempt_mode="" if facts.get("PreemptMode", "OFF") == "OFF" else facts["PreemptMode"],
     )
 
 
@@ -233,12 +238,15 @@ def _kinds(members: list[dict[str, str]], partition: Mapping[str, str]) -> tuple
 
 def _kind(key: tuple[int, int, str], members: list[tuple[int, dict[str, str]]]) -> NodeKind:
     cpus, gpus, gpu_type = key
+    features = [node.get("AvailableFeatures", "").split(",") for _, node in members]
+    common = [name for name in features[0] if name not in {"", "(null)"} and all(name in other for other in features)]
     return NodeKind(
         cpus=cpus,
         memory_mib=members[0][0],
         gpus=gpus,
         gpu_type=gpu_type,
         names=tuple(node.get("NodeName", "") for _, node in members),
+        features=tuple(common),
         gone=sum(bool(parse.OUT_OF_SERVICE.search(node.get("State", ""))) for _, node in members),
     )
 

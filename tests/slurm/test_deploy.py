@@ -287,3 +287,17 @@ def test_in_a_terminal_it_asks(make_site):
     assert (config["cluster_name"], set(config["available_node_types"])) == ("mine", {"head", "cpu"})
     assert config["available_node_types"]["cpu"]["node_config"]["sbatch"]["time"] == "01:00:00"
     assert config["setup_commands"] == ["module load python"]
+
+
+def test_a_site_that_refuses_everything_is_told_in_its_own_words(make_site):
+    site = make_site(SHAPES["required-account"])
+    del site.environ["SBATCH_ACCOUNT"]
+    said = site.deploy("--yes", code=1).stderr
+    assert "*** Welcome ***; allocation failure: Invalid account" in said
+    assert "--account" in said
+    assert not (site.directory / "ray-slurm.yaml").exists()
+    site.deploy("--yes", "--account", "physics")
+    cluster = site.cluster()
+    cluster.text = cluster.text.replace("physics", "other")
+    findings = json.loads(cluster.ray_slurm("check", "--fast", "--json", cluster.write(), check=False).stdout)
+    assert "Invalid account" in next(f for f in findings if f["level"] == "failure")["text"]
