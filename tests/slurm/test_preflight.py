@@ -34,8 +34,9 @@ def _worker(cluster):
 
 def test_a_good_yaml_passes_in_both_placements_and_leaves_nothing(make_cluster):
     cluster = make_cluster("fine")
+    before = {job.job_id for job in cluster.client.jobs()}
     findings = _check(cluster, 0, "--fast")
-    assert cluster.client.jobs() == []
+    assert {job.job_id for job in cluster.client.jobs()} <= before
     assert not any("shared" in finding["check"] for finding in findings)
     findings = _check(cluster, 0)
     assert {finding["level"] for finding in findings} == {"ok"}

@@ -78,8 +78,8 @@ def _access(cluster):
     return dict(re.findall(r"export (\w+)=(.*)", cluster.ray_slurm("env", cluster.yaml).stdout))
 
 
-def test_both_work_at_the_same_time(clusters, place):
-    shared = place / "tasks"
+def test_both_work_at_the_same_time(clusters, public_place):
+    shared = public_place / "tasks"
     shared.mkdir(mode=0o777)
     shared.chmod(0o777)
     children = []
