@@ -21,6 +21,7 @@ LAYERS = [
     {"deployment.probing", "deployment.document"},
     {"deployment.proposal"},
     {"deployment.survey", "deployment", "canaries"},
+    {"canary_findings"},
     {"bootstrap", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
     {
         "ray_contract",

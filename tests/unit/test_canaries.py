@@ -9,8 +9,9 @@ from importlib import metadata
 import pytest
 
 import ray_slurm_provider
-from ray_slurm_provider import canaries, procfs
+from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.canary import CanaryPaths, CanaryReport, _is_locked, ask_time, listen
+from ray_slurm_provider.canary_findings import Canary, NodeTypeJob, what_they_found
 from ray_slurm_provider.config import NodeConfig, ResolvedNode
 
 GOOD = CanaryReport(
@@ -34,12 +35,13 @@ GOOD = CanaryReport(
 
 def _findings(report=GOOD, *, is_head=True, offset=0.1, reached=None):
     config = NodeConfig(resolved=ResolvedNode(resources={"object_store_memory": 2**30}))
-    canary = canaries._Canary(canaries.NodeTypeJob("head", config, is_head), "1", report, reached or {}, offset)
-    return {finding.check: finding for finding in canaries._facts([canary], "word", ("10.0.0.9", 1))}
+    canary = Canary(NodeTypeJob("head", config, is_head), "1", report, reached or {}, offset)
+    return {finding.check: finding for finding in what_they_found([canary], "word", ("10.0.0.9", 1))}
 
 
 def test_a_good_report_is_all_ok():
     assert {finding.level for finding in _findings().values()} == {"ok"}
+    assert "SLURM in the job" in _findings()
     assert "SLURM in the job" not in _findings(is_head=False)
 
 
