@@ -54,12 +54,11 @@ def look_around(
     """
     cluster = Cluster(f".check-{secrets.token_hex(3)}", settings, environ)
     slurm = cluster.slurm_client()
-    cluster.directory.prepare()
     paths = CanaryPaths(cluster.directory.root)
     word = secrets.token_hex(8)
-    write_atomically(paths.greeting, word)
     canaries: list[Canary] = []
-    with FileLock(paths.lock), _cleared_away(cluster, slurm, paths, canaries):
+    with _in_a_directory_of_its_own(cluster), _cleared_away(slurm, paths, canaries), FileLock(paths.lock):
+        write_atomically(paths.greeting, word)
         worker = next((kind for kind in kinds if not kind.is_head), None)
         if worker is not None:
             write_atomically(paths.worker_script, cluster.canary(worker.name, _brief(worker.config), head=False))
@@ -68,9 +67,7 @@ def look_around(
             try:
                 canaries.append(Canary(kind, slurm.submit(script, environ)))
             except SlurmError as error:
-                yield Finding(
-                    f"canary of {kind.name}", FAILURE, f"sbatch refuses it: {error}", "see the line job of it"
-                )
+                yield Finding(f"canary of {kind.name}", FAILURE, f"sbatch refuses it: {error.complaint}")
         _wait_for_reports(slurm, paths, canaries, wait_s)
         yield from _those_without_report(cluster, slurm, canaries)
         here = [canary for canary in canaries if canary.report is not None]
@@ -82,8 +79,23 @@ def look_around(
 
 
 @contextmanager
-def _cleared_away(cluster: Cluster, slurm: SlurmClient, paths: CanaryPaths, canaries: list[Canary]) -> Iterator[None]:
-    """Let the canaries go, end those that do not, and leave nothing behind."""
+def _in_a_directory_of_its_own(cluster: Cluster) -> Iterator[None]:
+    """Make the directory of the check, and leave nothing behind."""
+    state_dir = cluster.directory.root.parent
+    existed = state_dir.exists()
+    cluster.directory.prepare()
+    try:
+        yield
+    finally:
+        with suppress(SlurmProviderError, OSError):
+            cluster.directory.remove()
+            if not existed:
+                state_dir.rmdir()
+
+
+@contextmanager
+def _cleared_away(slurm: SlurmClient, paths: CanaryPaths, canaries: list[Canary]) -> Iterator[None]:
+    """Let the canaries go, and end those that do not."""
     try:
         yield
     finally:
@@ -96,12 +108,8 @@ def _cleared_away(cluster: Cluster, slurm: SlurmClient, paths: CanaryPaths, cana
 
         with suppress(SlurmError):
             slurm.cancel([canary.job_id for canary in canaries if canary.report is None])
-            if ids and not procfs.wait_until(gone, _GO_S, poll_s=0.2):
+            if ids and not procfs.wait_until(gone, _GO_S, poll_s=0.5):
                 slurm.cancel(ids)
-        with suppress(SlurmProviderError):
-            cluster.directory.remove()
-        with suppress(OSError):
-            cluster.directory.root.parent.rmdir()  # there only if this check has made it
 
 
 def _brief(config: NodeConfig) -> NodeConfig:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ray_slurm_provider import __version__, procfs
 from ray_slurm_provider.agent import network, ports, temp_dirs
+from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.agent.spec import read_spec
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.files import read_json_object, write_json
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _LIFE_S = 300.0
 _CONNECT_S = 5.0
-MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
