@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -76,6 +77,8 @@ def check(config: Path, fast: bool, wait: float, as_json: bool) -> None:
     """
     from ray_slurm_provider.preflight import preflight  # noqa: PLC0415 imports Ray, which takes a second
 
+    # Its jobs shall go when it is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     failed = False
     findings = []
     for finding in preflight(config, os.environ, None if fast else wait):

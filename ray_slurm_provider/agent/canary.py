@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ray_slurm_provider.agent.spec import AgentSpec
 
 _LIFE_S = 300.0
+# Without locks nobody can tell whether the check still goes on.
+_SHORT_LIFE_S = 60.0
 _CONNECT_S = 5.0
 
 
@@ -215,19 +217,23 @@ def main() -> int:
     spec = read_spec(sys.argv[1])
     job_id = os.environ["SLURM_JOB_ID"]
     paths = CanaryPaths(spec.directory)
-    write_json(paths.report(job_id), look(spec, paths, dict(os.environ)).__dict__)
-    deadline = time.monotonic() + _LIFE_S
-    procfs.wait_until(lambda: paths.peers.exists() or _over(paths), _LIFE_S, poll_s=0.1)
+    report = look(spec, paths, dict(os.environ))
+    write_json(paths.report(job_id), report.__dict__)
+
+    def over() -> bool:
+        # A check that was killed holds its lock no more.
+        left_alone = report.lock_is_seen and paths.root.exists() and not _is_locked(paths.lock)
+        return left_alone or paths.stop.exists() or not paths.root.exists()
+
+    life_s = _LIFE_S if report.lock_is_seen else _SHORT_LIFE_S
+    deadline = time.monotonic() + life_s
+    procfs.wait_until(lambda: paths.peers.exists() or over(), life_s, poll_s=0.2)
     peers = read_json_object(paths.peers) or {}
     reached = {name: ask_time(*where) for name, where in peers.items() if name != job_id}
-    if not _over(paths):
+    if not over():
         write_json(paths.reached(job_id), reached)
-    procfs.wait_until(lambda: _over(paths), max(0.0, deadline - time.monotonic()), poll_s=0.1)
+    procfs.wait_until(over, max(0.0, deadline - time.monotonic()), poll_s=0.2)
     return 0
-
-
-def _over(paths: CanaryPaths) -> bool:
-    return paths.stop.exists() or not paths.root.exists()
 
 
 def _look_at_temp_dir(spec: AgentSpec) -> tuple[str, str, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
-from support import UserCluster, cluster_config, user_environment
+from support import RAY_SLURM, UserCluster, cluster_config, user_environment, wait_for
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.sandbox import daemons
@@ -26,6 +27,11 @@ def _check(cluster, code, *words):
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return json.loads(done.stdout)
+
+
+def _canaries(cluster):
+    """The jobs of checks that are still there."""
+    return [job for job in cluster.client.jobs() if job.alive and job.name.startswith("ray-.check")]
 
 
 def _worker(cluster):
@@ -45,7 +51,7 @@ def test_a_good_yaml_passes_in_both_placements_and_leaves_nothing(make_cluster):
     findings = _check(cluster, 0)
     assert any("workers connect to" in finding["text"] for finding in findings)
     assert {"shared directory", "file locks", "software", "connections", "clock"} <= {f["check"] for f in findings}
-    assert [job for job in cluster.client.jobs() if job.alive] == []
+    assert _canaries(cluster) == []
     assert not cluster.root.parent.exists()
     text = cluster.ray_slurm("check", "--fast", cluster.yaml).stdout
     assert text.startswith("ok       yaml:")
@@ -160,7 +166,24 @@ def test_a_defect_of_compute_nodes_is_named(make_cluster, check, words, plant):
     found = {finding["check"]: finding for finding in findings if finding["level"] != "ok"}
     assert words in found[check]["text"], found
     assert found[check]["advice"]
-    assert [job for job in cluster.client.jobs() if job.alive] == []
+    assert _canaries(cluster) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_check_that_is_ended_leaves_no_job(make_cluster, number):
+    cluster = make_cluster("ended")
+    worker = cluster.config["available_node_types"]["worker"]["node_config"]["sbatch"]
+    worker["begin"] = "now+1hour"
+    child = subprocess.Popen([*RAY_SLURM, "check", cluster.write()], env=cluster.environ, stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(cluster.root.parent.glob(".check-*/*.found.json")), 30, "the head's canary")
+    child.send_signal(number)
+    assert child.wait(30) != 0
+    wait_for(lambda: not [job for job in _canaries(cluster) if not job.queued], 30, "the end of the head's canary")
+    if number == signal.SIGKILL:
+        return cluster.client.cancel([job.job_id for job in _canaries(cluster)])
+    assert _canaries(cluster) == []
+    assert not cluster.root.parent.exists()
+    return None
 
 
 def test_a_queue_is_no_failure_and_nothing_stays_in_it(make_cluster):
@@ -170,7 +193,7 @@ def test_a_queue_is_no_failure_and_nothing_stays_in_it(make_cluster):
     (finding,) = [finding for finding in findings if finding["level"] != "ok"]
     assert (finding["check"], finding["level"]) == ("canary of worker", "warning")
     assert "still queued: BeginTime" in finding["text"]
-    assert [job for job in cluster.client.jobs() if job.alive] == []
+    assert _canaries(cluster) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a slurmd with mounts of its own needs root")
