@@ -245,12 +245,11 @@ def _seen_by_this_host_only(site: Site, directory: Path) -> bool:
     return on_local_disk(directory) and not everything_here
 
 
-def _addresses_of_nodes(site: Site) -> list[str]:
-    addresses = []
+def _addresses_of_nodes(site: Site) -> Iterator[str]:
+    """Yield the addresses of the SLURM nodes; there may be thousands, and a look-up takes its time."""
     for name in dict.fromkeys(site.slurm.node_addresses()):
         with suppress(OSError):
-            addresses.append(socket.gethostbyname(name))
-    return addresses
+            yield socket.gethostbyname(name)
 
 
 def _python(site: Site) -> Iterator[Finding]:
