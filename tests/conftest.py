@@ -25,14 +25,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Keep the tests of a module in one process, and those that make users: with pytest-xdist there are several."""
-    for item in items:
-        group = "users" if "users" in item.fixturenames else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def sandbox():
     """A real SLURM: 4 nodes of 4 CPUs, one with two GPUs besides."""

@@ -20,7 +20,5 @@ if [ "${1:-}" = --ray ]; then
 else
     venv=$clone/.venv
     EXTRAS="[dev]" make_venv "$venv" "$clone"
-    # Two processes, each with a SLURM of its own; -n 1 for one.
-    set -- -n 2 --dist loadgroup "$@"
 fi
 exec "$venv/bin/python" -m pytest "$@"
