@@ -53,7 +53,6 @@ MEDDLING = """
 """
 CPU = {"name": "c", "count": 2, "memory": "8G"}
 SHAPES = {
-    "cpu-only": {"nodes": [CPU], "partitions": [{"name": "cpu", "groups": ["c"], "default": True}]},
     "one-node": {"nodes": [{**CPU, "count": 1}], "partitions": [{"name": "all", "groups": ["c"]}]},
     "two-gpu-types": {
         "nodes": [CPU, {"name": "v", "gpus": 2, "gpu_type": "v100"}, {"name": "a", "cpus": 8, "gpus": 4}],
@@ -74,27 +73,23 @@ SHAPES = {
             {"name": "closed", "groups": ["fat"], "options": {"State": "DOWN"}},
         ],
     },
-    "tiny-max-time": {
+    "tiny-max-time-and-no-mem": {
         "nodes": [CPU],
         "partitions": [
-            {"name": "debug", "groups": ["c"], "default": True, "options": {"MaxTime": 5, "DefaultTime": 2}}
+            {
+                "name": "debug",
+                "groups": ["c"],
+                "default": True,
+                "options": {"MaxTime": 5, "DefaultTime": 2, "DefMemPerCPU": 1500},
+            }
         ],
         "settings": {"EnforcePartLimits": "NO"},
-    },
-    "forbidden-mem": {
-        "nodes": [CPU],
-        "partitions": [{"name": "cpu", "groups": ["c"], "default": True, "options": {"DefMemPerCPU": 1500}}],
         "job_submit": LUA % FORBIDDEN_MEMORY,
     },
-    "required-account": {
+    "required-account-and-meddling": {
         "nodes": [CPU],
         "partitions": [{"name": "cpu", "groups": ["c"], "default": True}],
-        "job_submit": LUA % REQUIRED_ACCOUNT,
-    },
-    "meddling": {
-        "nodes": [CPU],
-        "partitions": [{"name": "cpu", "groups": ["c"], "default": True}],
-        "job_submit": LUA % MEDDLING,
+        "job_submit": LUA % (REQUIRED_ACCOUNT + MEDDLING),
         "settings": {"MaxArraySize": 0, "SelectTypeParameters": "CR_CPU"},
     },
 }
@@ -181,15 +176,13 @@ def _look_at(shape, types, said, cluster):
     elif shape == "heterogeneous":
         assert set(types) == {"head", "mixed-2c", "mixed-6c", "all-2c", "all-6c-9g", "all-6c-63g"}
         assert "closed is left out: it is DOWN" in said
-    elif shape == "tiny-max-time":
+    elif shape == "tiny-max-time-and-no-mem":
         assert {entry["time"] for entry in options.values()} == {"00:05:00"}
         assert "--head login-node" in said
-    elif shape == "forbidden-mem":
         assert not any("mem" in entry for entry in options.values())
         assert "without --mem" in said
-    elif shape == "required-account":
+    elif shape == "required-account-and-meddling":
         assert {entry["account"] for entry in options.values()} == {"physics"}
-    elif shape == "meddling":
         assert cluster.config["provider"]["slurm"]["birth_record"] == "file"
         assert not any("mem" in entry for entry in options.values())
         assert {job.comment for job in cluster.client.jobs()} == {"billed"}
@@ -244,7 +237,7 @@ def test_what_is_asked_for_is_written_and_nothing_is_overwritten(make_site, tmp_
 
 
 def test_the_script_of_the_clone_is_the_same(make_site):
-    site = make_site(SHAPES["cpu-only"])
+    site = make_site(SHAPES["one-node"])
     script = Path(__file__).parents[2] / "deploy" / "deploy.py"
     done = subprocess.run(
         [sys.executable, script, "--yes", "-o", "-"], env=site.environ, capture_output=True, text=True, cwd="/"
@@ -290,7 +283,7 @@ def test_in_a_terminal_it_asks(make_site):
 
 
 def test_a_site_that_refuses_everything_is_told_in_its_own_words(make_site):
-    site = make_site(SHAPES["required-account"])
+    site = make_site(SHAPES["required-account-and-meddling"])
     del site.environ["SBATCH_ACCOUNT"]
     said = site.deploy("--yes", code=1).stderr
     assert "*** Welcome ***; allocation failure: Invalid account" in said
