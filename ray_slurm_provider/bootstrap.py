@@ -127,7 +127,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     types = config.get("available_node_types")
     if not isinstance(types, dict) or not types:
         raise ConfigError("available_node_types", "is no mapping of node types", "one entry per node type")
-    if config.get("head_node_type") not in types:
+    if not isinstance(config.get("head_node_type"), str) or config["head_node_type"] not in types:
         raise ConfigError(
             "head_node_type", f"{config.get('head_node_type')!r} is no node type", ", ".join(map(str, types))
         )

@@ -207,16 +207,21 @@ class Cluster:
         if fitting < count:
             raise StateError(
                 f"{count - fitting} jobs of type {node_type} have to wait: no more than"
-                f" {self.settings.max_queued_jobs} of the cluster may be in the queue (max_queued_jobs)"
+                f" {self._most_queued()} of the cluster may be in the queue (max_queued_jobs)"
             )
         return made
 
     def _fitting(self, count: int) -> int:
         """Return how many of some jobs may be put into the queue now."""
-        most = self.settings.max_queued_jobs
+        most = self._most_queued()
         if most is None:
             return count
         return max(0, min(count, most - sum(node.seen.queued for node in self.nodes().values())))
+
+    def _most_queued(self) -> int | None:
+        rules = rules_in_force(self.settings)
+        limits = (self.settings.max_queued_jobs, rules.limits.max_queued_jobs if rules is not None else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         rules = rules_in_force(self.settings)

@@ -204,6 +204,7 @@ _ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_p
 
 def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return sbatch options with defaults for what they do not say, in this way or in another."""
+    options = {name: value for name, value in options.items() if value is not None}
     said = {name for group in _ALTERNATIVES if set(group) & set(options) for name in group}
     return {**{name: value for name, value in defaults.items() if name not in said}, **options}
 

@@ -112,13 +112,18 @@ class SiteFile(Section):
                     f"provider.slurm.{name}", f"{section[name]!r} is not allowed here", f"locked.slurm.{name}"
                 )
         result = {**defaults, **section, **locked}
+        # What is of another type than it should be is left for the models to refuse.
         for name in _JOINED:
-            parts = [source[name] for source in (defaults, locked, section) if isinstance(source.get(name), list)]
-            if parts:
+            parts = [source[name] for source in (defaults, locked, section) if name in source]
+            if parts and all(isinstance(part, list) for part in parts):
                 result[name] = [line for part in parts for line in part]
-        ports = [source["ports"] for source in (defaults, section, locked) if isinstance(source.get("ports"), dict)]
-        if ports:
+            elif parts:
+                result[name] = next(part for part in parts if not isinstance(part, list))
+        ports = [source["ports"] for source in (defaults, section, locked) if "ports" in source]
+        if ports and all(isinstance(part, dict) for part in ports):
             result["ports"] = {key: value for part in ports for key, value in part.items()}
+        elif ports:
+            result["ports"] = next(part for part in ports if not isinstance(part, dict))
         most = self.limits.max_queued_jobs
         if most is not None and self._more(section.get("max_queued_jobs"), most):
             raise self.rules.refusal(
@@ -127,8 +132,8 @@ class SiteFile(Section):
                 "limits.max_queued_jobs",
                 f"at most {most}",
             )
-        if most is not None:
-            result.setdefault("max_queued_jobs", most)
+        if most is not None and result.get("max_queued_jobs") is None:
+            result["max_queued_jobs"] = most
         result["site"] = self.rules.model_dump(exclude_none=True)
         return result
 
@@ -143,7 +148,8 @@ class SiteFile(Section):
             SiteRuleError: They contradict a lock.
         """
         self._complete_types(config, everywhere)
-        for name, entry in config["available_node_types"].items():
+        types = config.get("available_node_types")
+        for name, entry in types.items() if isinstance(types, dict) else ():
             node_config = entry.get("node_config") if isinstance(entry, dict) else None
             if isinstance(entry, dict) and node_config is None:
                 node_config = entry["node_config"] = {}
@@ -181,19 +187,21 @@ class SiteFile(Section):
         types = config.get("available_node_types")
         if not ours or not (isinstance(types, dict) or types is None):
             return
-        head = self.defaults.head_node_type
         written = {} if types is None or set(types) == _RAY_TYPES else types
-        if config.get("head_node_type") in {None, *_RAY_TYPES} and config.get("head_node_type") not in written:
-            config["head_node_type"] = head
+        if config.get("head_node_type") is None or config["head_node_type"] in [
+            t for t in _RAY_TYPES if t not in written
+        ]:
+            config["head_node_type"] = self.defaults.head_node_type
+        head = config["head_node_type"] if isinstance(config["head_node_type"], str) else ""
         chosen = list(written) or list(ours)
-        if config["head_node_type"] not in chosen and config["head_node_type"] in ours:
-            chosen.insert(0, config["head_node_type"])
+        if head not in chosen and head in ours:
+            chosen.insert(0, head)
         most = config.get("max_workers", 0)
         config["available_node_types"] = {
             name: self._joined_type(name, written.get(name), most, everywhere) for name in chosen
         }
-        if config["head_node_type"] not in written:
-            config["available_node_types"][config["head_node_type"]]["max_workers"] = 0
+        if head in chosen and head not in written:
+            config["available_node_types"][head]["max_workers"] = 0
 
     def _joined_type(self, name: str, written: Any, most: Any, everywhere: Mapping[str, Any]) -> Any:
         ours = copy.deepcopy(self.defaults.available_node_types.get(name))
@@ -333,6 +341,8 @@ def _check(site: SiteFile) -> None:
     if site.source:
         raise ConfigError("source", "unknown key", ", ".join(SiteFile.model_fields))
     for kind, section in (("defaults", site.defaults.slurm), ("locked", site.locked.slurm)):
+        if "sbatch" in section:
+            raise ConfigError(f"{kind}.slurm.sbatch", "unknown key", f"{kind}.sbatch")
         read_settings(section, f"{kind}.slurm")
     types, head = site.defaults.available_node_types, site.defaults.head_node_type
     for name, entry in types.items():

@@ -52,6 +52,10 @@ MISTAKES = [
     *[(("provider", "slurm", key), value, f"{SLURM}.{key}") for key, value in [
         ("state_dri", "/x"), ("state_dir", 3), ("state_dir", "relative/path"), ("state_dir", ""), ("state_dir", "/a\n/b"), ("python", "python3"), ("python", 3), ("slurm_bin", "bin"), ("interface", ["ib0"]),
         ("update_interval_s", 0), ("update_interval_s", "5"), ("update_interval_s", 10**6), ("withdraw_after_s", -1), ("drain_s", "1m"), ("token_auth", "yes"), ("token_auth", 1), ("command_timeout_s", 0), ("temp_dir", 1), ("port", {}), ("sbatch_skip", ["comment"]), ("sbatch_skip", ["output"]), ("sbatch_skip", ["memory"]), ("sbatch_skip", "mem"), ("sbatch_extra", ["--comment=x"]), ("sbatch_extra", ["-N 2"]), ("sbatch_extra", ["--job-name=x"]), ("prologue", "module load x"), ("tls", "yes"), ("command_runner", "rsh"), ("ssh_args", "-p 22"), ("ports", "1-2"), ("metrics", 1),
+        ("sbatch", [1]), ("max_queued_jobs", 0), ("birth_record", "nowhere"), ("clusters", 3), ("site", {}), ("default_python", "/x"), ("sbatch_extra", ["--nice=5 --array=1-3"]), ("sbatch_extra", ["--arr=1-3"]), ("sbatch_extra", ["--wckey=a b"]),
+    ]],
+    *[(("provider", "slurm", "sbatch"), value, f"{SLURM}.sbatch.{path}") for value, path in [
+        ({"partitions": "x"}, "partitions"), ({"mem": "lots"}, "mem"), ({"comment": "x"}, "comment"), ({"time": 5400}, "time"),
     ]],
     *[(("provider", "slurm", "ports"), value, f"{SLURM}.{path}") for value, path in [
         ({"services": "20000-20009"}, "ports.services"), ({"services": "20000"}, "ports.services"), ({"services": 20000}, "ports.services"), ({"services": "80-2000"}, "ports.services"), ({"service": "20000-21000"}, "ports.service"),
@@ -70,7 +74,7 @@ MISTAKES = [
     ]],
     *[((key,), value, path) for key, value, path in [
         ("cluster_name", "a b", "cluster_name"), ("cluster_name", "../evil", "cluster_name"), ("cluster_name", "", "cluster_name"), ("cluster_name", "x" * 64, "cluster_name"), ("cluster_name", "a\nb", "cluster_name"), ("cluster_name", 7, "cluster_name"),
-        ("head_node_type", "nosuch", "head_node_type"), ("head_node_type", 3, "head_node_type"), ("docker", {"image": "x", "container_name": "c"}, "docker"), ("max_workerz", 3, "the YAML"), ("idle_timeout_minutes", "5", "idle_timeout_minutes"),
+        ("head_node_type", "nosuch", "head_node_type"), ("head_node_type", 3, "head_node_type"), ("head_node_type", ["a"], "head_node_type"), ("docker", {"image": "x", "container_name": "c"}, "docker"), ("max_workerz", 3, "the YAML"), ("idle_timeout_minutes", "5", "idle_timeout_minutes"),
         ("initialization_commands", "ls", "initialization_commands"), ("available_node_types", [], "available_node_types"),
     ]],
 ]  # fmt: skip
@@ -99,6 +103,34 @@ def test_a_mistake_is_refused_with_its_path(place, value, path):
         SlurmNodeProvider.bootstrap_config(filled)
     first = error.value.message.splitlines()[0]
     assert re.match(re.escape(path) + r"(:|\b)", first), first
+
+
+@pytest.fixture
+def site_file(tmp_path, monkeypatch):
+    path = tmp_path / "site.yaml"
+    path.write_text(
+        """
+        site: here
+        defaults:
+          slurm: {prologue: ["true"], ports: {workers: 30000-31999}}
+          sbatch: {time: "1:00:00"}
+          head_node_type: head
+          available_node_types:
+            head: {node_config: {sbatch: {mem: 4G}}}
+            worker: {max_workers: 9, node_config: {sbatch: {cpus_per_task: 2, mem: 2G}}}
+        limits: {partitions: [cpu], max_time: "2:00:00", max_nodes: 20, max_queued_jobs: 5, forbidden_options: [nodelist]}
+        """
+    )
+    monkeypatch.setenv("RAY_SLURM_SITE", str(path))
+
+
+@pytest.mark.parametrize(("place", "value", "path"), MISTAKES, ids=lambda part: str(part)[:60])
+def test_a_site_file_makes_no_mistake_right(place, value, path, site_file):
+    config = prepare_config(_broken(place, value))
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(config)
+    bootstrap._check_by_schema(filled)
+    with pytest.raises(click.ClickException):
+        SlurmNodeProvider.bootstrap_config(filled)
 
 
 def test_a_mount_that_the_jobs_cannot_see_is_refused_only_when_the_head_is_one(tmp_path, monkeypatch):

@@ -148,6 +148,19 @@ def test_one_key_says_something_of_all_types(site):
     assert "limits.partitions" in str(_refused(config))
 
 
+def test_nothing_is_the_default_and_no_way_around(site):
+    config = _user()
+    config["provider"]["slurm"] = {"max_queued_jobs": None, "sbatch": None, "interface": "lo"}
+    config["available_node_types"] = {"cpu": {"node_config": {"sbatch": {"time": None, "partition": None}}}}
+    with pytest.raises(ConfigError, match=r"provider\.slurm\.sbatch"):
+        resolve_written(copy.deepcopy(config))
+    del config["provider"]["slurm"]["sbatch"]
+    config = resolve_written(config)
+    assert config["provider"]["slurm"]["max_queued_jobs"] == 5
+    options = config["available_node_types"]["cpu"]["node_config"]["sbatch"]
+    assert (options["time"], options["partition"]) == ("02:00:00", "cpu")
+
+
 def _attempts():
     """Ways to get around the rules, each with the rule that stops it."""
 
@@ -201,6 +214,8 @@ def _attempts():
         "another SLURM": ("locked.slurm.clusters", slurm(clusters="other")),
         "another SLURM added": ("provider.slurm.clusters", slurm(sbatch_extra=["--clusters=other"])),
         "more in the queue": ("limits.max_queued_jobs", slurm(max_queued_jobs=50)),
+        "any number in the queue": ("limits.max_queued_jobs", slurm(max_queued_jobs=10**6)),
+        "no time at all": ("limits.max_time", node(sbatch={"time": None}, sbatch_skip=["time"])),
         "a head on the login node": (
             "limits.login_node_head",
             top(available_node_types={"head": {"node_config": {"placement": "login_node"}}}),
@@ -304,6 +319,7 @@ def test_without_a_file_nothing_changes(monkeypatch):
         ("site: x\nlimits: {forbidden_options: [unicorn]}", "no option"),
         ("site: x\nlimits: {max_nodes: 0}", "max_nodes"),
         ("site: x\nlocked: {slurm: {state_dirs: /x}}", "did you mean state_dir"),
+        ("site: x\nlocked: {slurm: {sbatch: {qos: a}}}", "locked.sbatch"),
         ("site: x\nlocked: {sbatch: {comment: x}}", "unknown key"),
         ("site: x\ndefaults: {available_node_types: {a: {node_config: {sbatch: {partitions: x}}}}}", "did you mean"),
         ("site: x\ndefaults: {available_node_types: {a: {}}, head_node_type: b}", "no node type"),
