@@ -19,7 +19,7 @@ from ray_slurm_provider.agent.canary import CanaryPaths, CanaryReport, ask_time,
 from ray_slurm_provider.canary_findings import LOGIN, Canary, NodeTypeJob, what_they_found
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import log_tail
-from ray_slurm_provider.errors import SlurmError, SlurmProviderError
+from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
 from ray_slurm_provider.findings import FAILURE, WARNING, Finding
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
@@ -66,8 +66,14 @@ def look_around(
             script = cluster.canary(kind.name, _brief(kind.config), head=kind.is_head)
             try:
                 canaries.append(Canary(kind, slurm.submit(script, environ)))
-            except SlurmError as error:
-                yield Finding(f"canary of {kind.name}", FAILURE, f"sbatch refuses it: {error.complaint}")
+            except SubmitRejected as error:
+                limited = error.category == "limit"
+                yield Finding(
+                    f"canary of {kind.name}",
+                    WARNING if limited else FAILURE,
+                    f"sbatch refuses it: {error.complaint}",
+                    "you have as many jobs as the site allows; try again later" if limited else "ask the site",
+                )
         _wait_for_reports(slurm, paths, canaries, wait_s)
         yield from _those_without_report(cluster, slurm, canaries)
         here = [canary for canary in canaries if canary.report is not None]
