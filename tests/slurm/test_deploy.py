@@ -243,8 +243,11 @@ def test_the_script_of_the_clone_is_the_same(make_site):
         [sys.executable, script, "--yes", "-o", "-"], env=site.environ, capture_output=True, text=True, cwd="/"
     )
     assert done.stdout == site.deploy("--yes", "-o", "-").stdout
+    lonely = site.directory / "deploy" / "deploy.py"
+    lonely.parent.mkdir()
+    shutil.copy(script, lonely)
     bare = subprocess.run(
-        [sys.executable, "-I", "-S", script, "--yes"], env=site.environ, capture_output=True, text=True
+        [sys.executable, "-I", "-S", lonely, "--yes"], env=site.environ, capture_output=True, text=True
     )
     assert bare.returncode == 1
     assert "pip install" in bare.stderr
