@@ -13,7 +13,10 @@ import yaml
 
 from ray_slurm_provider.bootstrap import resolve
 from ray_slurm_provider.cli import cli
+from ray_slurm_provider.deployment.site_document import user_yaml
 from ray_slurm_provider.ray_contract import prepare_config
+from ray_slurm_provider.sandbox.layout import read_layout
+from ray_slurm_provider.site_file import parse_site
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -93,3 +96,15 @@ def test_the_quickstart_refuses_what_it_does_not_know():
     done = subprocess.run([ROOT / "deploy" / "quickstart.sh", "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--keep" in done.stderr
+
+
+def _yaml_blocks(name):
+    return re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_examples_for_admins_are_right():
+    site, five_lines = _yaml_blocks("site.md")
+    assert parse_site(site, Path("site.yaml")).limits.max_nodes == 20
+    assert five_lines == user_yaml()
+    (layout,) = _yaml_blocks("quickstart.md")
+    assert read_layout(yaml.safe_load(layout)).node_count == 6
