@@ -23,6 +23,7 @@ from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitReje
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
 from ray_slurm_provider.findings import FAILURE, WARNING, Finding
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
+from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -158,8 +159,13 @@ def _those_without_report(cluster: Cluster, slurm: SlurmClient, canaries: list[C
             continue
         check = f"canary of {canary.name}"
         if not canary.ended:
-            why = f"is still queued: {canary.waits_for}" if canary.waits_for else "runs, and has not reported yet"
-            yield Finding(check, WARNING, f"job {canary.job_id} {why}", "--wait longer, or look at squeue")
+            why = (
+                f"is still queued: {in_words(canary.waits_for)}"
+                if canary.waits_for
+                else "runs, and has not reported yet"
+            )
+            level = FAILURE if waits_for_ever(canary.waits_for) else WARNING
+            yield Finding(check, level, f"job {canary.job_id} {why}", "--wait longer, or look at squeue")
             continue
         yield _how_it_ended(cluster, slurm, canary, check)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ray_slurm_provider.slurm.reasons import in_words
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -68,7 +70,7 @@ def describe(node: Node) -> str:
     seen = node.seen
     parts = [node.label, seen.state]
     if seen.queued:
-        parts += [f"reason {seen.reason}"] if seen.reason else []
+        parts += [f"reason {in_words(seen.reason)}"] if seen.reason else []
         parts += [f"start expected {seen.start}"] if seen.start else []
     else:
         parts += [f"on {seen.place}"] if seen.place else []

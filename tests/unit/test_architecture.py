@@ -52,7 +52,7 @@ LAYERS = [
     {"birth_records"},
     {"birth_certificate", "reports", "slurm.client"},
     {"slurm.parse", "slurm.process"},
-    {"slurm.types", "slurm"},
+    {"slurm.types", "slurm.reasons", "slurm"},
     {"tls"},
     {"files", "procfs", "errors", "findings", "__init__"},
 ]
