@@ -151,7 +151,7 @@ def _defects_of_compute_nodes():
         ("canary of worker", "setup_commands[0] failed with exit code 3", _setup("(exit 3)")),
         ("address of head", "interface 'ib9' does not exist", set_slurm(interface="ib9")),
         ("temp_dir of worker", "/nowhere", set_slurm(temp_dir="/nowhere/$USER")),
-        ("open files of head", "at most 100 per process", _setup("ulimit -n 100")),
+        ("open files of head", "at most 100 open files per process", _setup("ulimit -n 100")),
     ]
 
 
