@@ -88,17 +88,25 @@ class _Lines:
     def set_line(self, path: Sequence[str], value: str, why: str) -> None:
         """Give the key at a path a one-line value; a new key comes last in its mapping."""
         *parents, key = path
-        indent = "  " * len(parents)
+        if parents and parents[-1] not in self.keys(*parents[:-1]):
+            self.set_line(parents, "", "")
         found = self.keys(*parents)
-        new = commented(f"{indent}{key}: {value}", why, _TEMPLATE_COLUMN)
+        new = f"{key}: {value}".rstrip()
         if key in found:
             start, end = found[key]
-            self.lines[start:end] = [new]
+            self.lines[start:end] = [self._indented(new, why, self.lines[start])]
         elif found:
-            self.lines.insert(max(end for _, end in found.values()), new)
+            like = self.lines[next(iter(found.values()))[0]]
+            self.lines.insert(max(end for _, end in found.values()), self._indented(new, why, like))
         else:
             start, end = self.keys(*parents[:-1])[parents[-1]]
-            self.lines[start:end] = [re.sub(r":.*", ":", self.lines[start], count=1), new]
+            parent = re.sub(r":.*", ":", self.lines[start], count=1)
+            self.lines[start:end] = [parent, self._indented(new, why, f"  {parent}")]
+
+    @staticmethod
+    def _indented(text: str, why: str, like: str) -> str:
+        indent = like[: len(like) - len(like.lstrip())]
+        return commented(f"{indent}{text}", why, _TEMPLATE_COLUMN)
 
     def replace(self, key: str, lines: Sequence[str]) -> None:
         """Put lines in place of a key of the top level."""
@@ -178,6 +186,12 @@ def write_document(
     Raises:
         DeployError: The template is no cluster YAML in block style.
     """
+    try:
+        provider = (yaml.safe_load(template) or {}).get("provider")
+    except (yaml.YAMLError, AttributeError):
+        provider = None
+    if not isinstance(provider, dict) or provider.get("type") != "external" or "module" not in provider:
+        raise DeployError("the template is no cluster YAML of this provider: see its section provider")
     document = _Lines(template)
     for key in ("cluster_name", "max_workers", "provider", "head_node_type"):
         if key not in document.keys():  # noqa: SIM118 not a mapping

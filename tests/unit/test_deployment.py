@@ -194,6 +194,27 @@ def test_every_template_keeps_its_comments_and_settings(survey, name):
     assert "Ray wants to see these keys" in written or name == "full"
 
 
+def test_a_template_of_ones_own_may_look_otherwise(survey):
+    text = (
+        "max_workers: 1\nhead_node_type: x\navailable_node_types: {x: {}}\ncluster_name: y  # mine\n"
+        "provider:\n      # deep\n      type: external\n      module: m\n\n# the end\nauth: {}\n"
+    )
+    settings = {"state_dir": ("/s", "why"), "ports": ({"services": "1-2"}, "why")}
+    lines = ["available_node_types:", "  head: {}"]
+    written = write_document(
+        text, survey, Wishes("mine"), Proposal([], [], 7), file_name="x", settings=settings, types=lines
+    )
+    new = yaml.safe_load(written)
+    assert new["provider"] == {
+        "type": "external",
+        "module": "m",
+        "slurm": {"state_dir": "/s", "ports": {"services": "1-2"}},
+    }
+    assert (new["auth"], new["cluster_name"], new["available_node_types"]) == ({}, "mine", {"head": {}})
+    assert "# deep" in written
+    assert "# the end" in written
+
+
 @pytest.mark.parametrize(
     "text", ["- a", "a: 1", "available_node_types: {}", "cluster_name: x\navailable_node_types: {a: {}}"]
 )
