@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network
-from ray_slurm_provider.agent.canary import CanaryPaths, CanaryReport, ask_time, listen
+from ray_slurm_provider.agent.canary import CONNECT_S, CanaryPaths, CanaryReport, ask_time, listen
 from ray_slurm_provider.canary_findings import LOGIN, Canary, NodeTypeJob, what_they_found
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import log_tail
@@ -233,4 +233,4 @@ def _let_them_meet(
         alive = {job.job_id for job in slurm.jobs() if job.alive}
         return all(canary.reached or len(peers) < 2 or canary.job_id not in alive for canary in canaries)
 
-    procfs.wait_until(all_met, _REACH_S, poll_s=0.5)
+    procfs.wait_until(all_met, _REACH_S + CONNECT_S * len(peers), poll_s=0.5)

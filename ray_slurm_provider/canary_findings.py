@@ -77,7 +77,7 @@ class _Look(NamedTuple):
     check: str
     problem: Callable[[Canary, CanaryReport], _Problem | None]
     good: Callable[[CanaryReport], str]
-    heads_only: bool = False
+    applies: Callable[[Canary, CanaryReport], bool] = lambda canary, report: True  # noqa: ARG005
 
 
 def what_they_found(canaries: Sequence[Canary], word: str, login: tuple[str, int] | None) -> Iterator[Finding]:
@@ -90,10 +90,11 @@ def what_they_found(canaries: Sequence[Canary], word: str, login: tuple[str, int
     """
     reports = [(canary, canary.report) for canary in canaries if canary.report is not None]
     yield Finding("canaries", OK, "ran: " + ", ".join(f"{canary.name} on {report.place}" for canary, report in reports))
-    for look in _looks({canary.job_id: canary.name for canary in canaries}, word, login):
+    names = {canary.job_id: canary.name for canary, report in reports if report.port}
+    for look in _looks(names, word, login):
         fine = []
         for canary, report in reports:
-            if look.heads_only and not canary.kind.is_head:
+            if not look.applies(canary, report):
                 continue
             problem = look.problem(canary, report)
             if problem is None:
@@ -122,8 +123,14 @@ def _looks(names: Mapping[str, str], word: str, login: tuple[str, int] | None) -
         "connections",
         lambda canary, report: _connections(canary, report, names, login),
         lambda _: "reached from here, and by the others",
+        applies=lambda _, report: bool(report.port),  # else its address tells
     )
-    yield _Look("clock", _clock, lambda _: f"less than {_CLOCK_S:g} s from this one")
+    yield _Look(
+        "clock",
+        _clock,
+        lambda _: f"less than {_CLOCK_S:g} s from this one",
+        applies=lambda canary, _: canary.offset_s is not None,
+    )
     yield _Look(
         "temp_dir", _temp_dir, lambda report: f"{report.temp_dir}, {report.temp_dir_free_mib / 1024:.0f} GiB free"
     )
@@ -134,7 +141,7 @@ def _looks(names: Mapping[str, str], word: str, login: tuple[str, int] | None) -
         "SLURM in the job",
         _slurm_inside,
         lambda _: "squeue answers, and sbatch would take a worker's job",
-        heads_only=True,
+        applies=lambda canary, _: canary.kind.is_head,
     )
 
 
@@ -197,8 +204,6 @@ def _address(_: Canary, report: CanaryReport) -> _Problem | None:
 def _connections(
     canary: Canary, report: CanaryReport, names: Mapping[str, str], login: tuple[str, int] | None
 ) -> _Problem | None:
-    if not report.port:
-        return None  # its address tells
     problems = []
     if canary.offset_s is None:
         problems.append(f"this host does not reach it at {report.address}")
@@ -208,6 +213,9 @@ def _connections(
     others = [names.get(peer, peer) for peer in lost if peer != LOGIN]
     if others:
         problems.append(f"it does not reach {', '.join(others)}")
+    expected = {*names, *([LOGIN] if login is not None else [])} - {canary.job_id}
+    if expected - set(canary.reached):
+        problems.append("it has not said in time whom it reaches")
     if not problems:
         return None
     return _Problem(

@@ -115,15 +115,14 @@ class SiteFile(Section):
         # What is of another type than it should be is left for the models to refuse.
         for name in _JOINED:
             parts = [source[name] for source in (defaults, locked, section) if name in source]
-            if parts and all(isinstance(part, list) for part in parts):
-                result[name] = [line for part in parts for line in part]
-            elif parts:
-                result[name] = next(part for part in parts if not isinstance(part, list))
-        ports = [source["ports"] for source in (defaults, section, locked) if "ports" in source]
-        if ports and all(isinstance(part, dict) for part in ports):
+            wrong = [part for part in parts if not isinstance(part, list)]
+            if parts:
+                result[name] = wrong[0] if wrong else [line for part in parts for line in part]
+        if isinstance(result.get("ports"), dict) and isinstance(section.get("ports", {}), dict):
+            ports = (source.get("ports", {}) for source in (defaults, section, locked))
             result["ports"] = {key: value for part in ports for key, value in part.items()}
-        elif ports:
-            result["ports"] = next(part for part in ports if not isinstance(part, dict))
+        elif "ports" in section:
+            result["ports"] = section["ports"]
         most = self.limits.max_queued_jobs
         if most is not None and self._more(section.get("max_queued_jobs"), most):
             raise self.rules.refusal(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _LIFE_S = 300.0
 # Without locks nobody can tell whether the check still goes on.
 _SHORT_LIFE_S = 60.0
-_CONNECT_S = 5.0
+CONNECT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def ask_time(address: str, port: int) -> float | None:
     """Return by how many seconds the clock of a listener is ahead of ours, None when it cannot be reached."""
     try:
         began = time.time()
-        with socket.create_connection((address, port), timeout=_CONNECT_S) as connection:
-            connection.settimeout(_CONNECT_S)
+        with socket.create_connection((address, port), timeout=CONNECT_S) as connection:
+            connection.settimeout(CONNECT_S)
             said = connection.makefile().readline()
         return float(said) - (began + time.time()) / 2
     except (OSError, ValueError):

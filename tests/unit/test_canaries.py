@@ -35,7 +35,9 @@ GOOD = CanaryReport(
 
 def _findings(report=GOOD, *, is_head=True, offset=0.1, reached=None):
     config = NodeConfig(resolved=ResolvedNode(resources={"object_store_memory": 2**30}))
-    canary = Canary(NodeTypeJob("head", config, is_head), "1", report, reached or {}, offset)
+    canary = Canary(
+        NodeTypeJob("head", config, is_head), "1", report, {"login": 0.1} if reached is None else reached, offset
+    )
     return {finding.check: finding for finding in what_they_found([canary], "word", ("10.0.0.9", 1))}
 
 
@@ -79,6 +81,7 @@ def test_one_host_may_well_be_on_loopback():
 @pytest.mark.parametrize(
     ("offset", "reached", "check", "said"),
     [
+        (0.0, {}, "connections of head", "not said in time"),
         (None, {}, "connections of head", "this host does not reach it at 10.0.0.1"),
         (0.0, {"login": None}, "connections of head", "it does not reach this host at 10.0.0.9"),
         (-300.0, {}, "clock of head", "300 s behind"),
@@ -87,6 +90,11 @@ def test_one_host_may_well_be_on_loopback():
 )
 def test_hosts_that_do_not_find_each_other_or_the_time(offset, reached, check, said):
     assert said in _findings(offset=offset, reached=reached)[check].text
+
+
+def test_what_was_not_looked_at_is_not_called_well():
+    found = _findings(replace(GOOD, address="", port=0, address_problem="no ib9"), offset=None)
+    assert not {"connections", "clock", "connections of head", "clock of head"} & set(found)
 
 
 def test_who_listens_tells_the_time():
