@@ -42,6 +42,7 @@ class JobSpec:
         cluster_dir: The cluster's directory.
         options: The sbatch options of the YAML.
         skip: Names of options to leave out.
+        avoid: SLURM nodes on which it shall not start, besides those of the options.
         extra: Further directives, each with its value or True.
         steps: What to run first: where it stands in the YAML, and the command.
         env: Environment variables.
@@ -60,6 +61,7 @@ class JobSpec:
     cluster_dir: Path
     options: SbatchOptions
     skip: Sequence[str] = ()
+    avoid: Sequence[str] = ()
     extra: Sequence[tuple[str, bool | str]] = ()
     steps: Sequence[tuple[str, str]] = ()
     env: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -133,6 +135,8 @@ def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
     if spec.drain_s and _long_enough(spec):
         ours["signal"] = f"B:{_DRAIN_SIGNAL}@{spec.drain_s}"
     theirs = {name.replace("_", "-"): value for name, value in spec.options.chosen().items()}
+    if spec.avoid:
+        theirs["exclude"] = ",".join(str(part) for part in (theirs.get("exclude"), *spec.avoid) if part)
     skipped = {name.replace("_", "-") for name in spec.skip}
     return {name: value for name, value in {**theirs, **ours}.items() if name not in skipped}
 

@@ -68,7 +68,7 @@ def look_around(
             try:
                 canaries.append(Canary(kind, slurm.submit(script, environ)))
             except SubmitRejected as error:
-                limited = error.category == "limit"
+                limited = error.not_now
                 yield Finding(
                     f"canary of {kind.name}",
                     WARNING if limited else FAILURE,

@@ -19,7 +19,7 @@ from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_
 from ray_slurm_provider.cluster_yaml import load, open_cluster, settings_of
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.deployment.commands import deploy
-from ray_slurm_provider.errors import SlurmProviderError
+from ray_slurm_provider.errors import ConfigError, SlurmProviderError
 from ray_slurm_provider.findings import FAILURE
 from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.node_logs import find_log, print_log
@@ -124,6 +124,21 @@ def nodes(config: Path, as_json: bool, watch: bool) -> None:
         click.echo(json.dumps([row.__dict__ for row in node_rows(cluster)], indent=1))
     else:
         print_nodes(cluster)
+
+
+@cli.command()
+@_yaml
+@click.argument("node_type", default="")
+def resume(config: Path, node_type: str) -> None:
+    """Launch NODE_TYPE again although its starts have failed; every type when none is named.
+
+    Hosts that are avoided are tried again as well.
+    """
+    types = load(config).get("available_node_types")
+    if node_type and isinstance(types, dict) and node_type not in types:
+        raise ConfigError("NODE_TYPE", f"{node_type!r} is no node type of {config}", ", ".join(map(str, types)))
+    lifted = open_cluster(config).launches.resume(node_type)
+    click.echo(f"resumed: {', '.join(lifted)}" if lifted else "nothing was paused")
 
 
 @cli.command()

@@ -21,16 +21,26 @@ from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
-from ray_slurm_provider.backoff import LaunchBackoff
 from ray_slurm_provider.batch_script import log_path
+from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
-from ray_slurm_provider.errors import HeadFailed, NodeNotFound, SlurmParseError, StateError
+from ray_slurm_provider.errors import (
+    HeadFailed,
+    LaunchDelayed,
+    NodeNotFound,
+    SlurmError,
+    SlurmParseError,
+    StateError,
+    SubmitRejected,
+)
+from ray_slurm_provider.launch_control import HOPELESS_S, LaunchControl
 from ray_slurm_provider.nodes import TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED, READY
 from ray_slurm_provider.site_file import rules_in_force
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
+from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
 
     from ray_slurm_provider.backends.base import NodeBackend
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
+    from ray_slurm_provider.slurm.types import QueuePlace
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +83,7 @@ class Cluster:
         environ: The environment of this process.
         backend: Where its nodes run; SLURM and the login node when None.
         clock: A monotonic clock, seconds.
+        wall_clock: Seconds since the epoch.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class Cluster:
         environ: Mapping[str, str] | None = None,
         backend: NodeBackend | None = None,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -96,7 +109,7 @@ class Cluster:
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
         self._unlisted: set[str] = set()
-        self._backoff = LaunchBackoff(clock)
+        self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
 
     def slurm_client(self) -> SlurmClient:
         """Return a way to SLURM with this cluster's settings."""
@@ -145,6 +158,16 @@ class Cluster:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head), None)
 
+    def queue_places(self) -> dict[str, QueuePlace]:
+        """Return where the cluster's waiting jobs stand in their queues, as far as SLURM tells, by node id."""
+        waiting = [node_id for node_id, node in self.nodes().items() if node.seen.queued]
+        try:
+            queue = self.slurm_client().queue() if waiting else {}
+        except SlurmError:
+            return {}
+        numbers = {node_id: job_id_of(node_id).partition("_")[0] for node_id in waiting}
+        return {node_id: queue[number] for node_id, number in numbers.items() if number in queue}
+
     def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
         """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""
         left = self.directory.min_workers()
@@ -188,8 +211,8 @@ class Cluster:
         """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
 
         Raises:
-            StateError: The cluster is being taken down, nodes of this type failed too often, or this is
-                not a head's job.
+            StateError: The cluster is being taken down, or this is not a head's job.
+            LaunchDelayed: Nodes of this type failed too often, or as many wait in the queue as may.
         """
         if self.directory.stopping:
             raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
@@ -198,30 +221,31 @@ class Cluster:
         report = self.directory.report(self._environ[_INSTANCE_VARIABLE])
         if report is not None and report.phase == ENDED:
             raise StateError(f"the head {report.node_id} is ending; nothing is submitted")
-        reason = self._backoff.why_not_now(node_type)
-        if reason:
-            raise StateError(reason)
+        self.launches.check(node_type)
         with self._creating:
-            fitting = self._fitting(count)
+            fitting, limit = self._fitting(node_type, config, count)
             made = self._submit(node_type, config, tags, fitting)
         if fitting < count:
-            raise StateError(
-                f"{count - fitting} jobs of type {node_type} have to wait: no more than"
-                f" {self._most_queued()} of the cluster may be in the queue (max_queued_jobs)"
+            raise LaunchDelayed(
+                "slurm-queue-full",
+                f"{count - fitting} jobs of type {node_type} have to wait: no more than {limit} may be in the queue"
+                " (max_queued_jobs)",
             )
         return made
 
-    def _fitting(self, count: int) -> int:
-        """Return how many of some jobs may be put into the queue now."""
-        most = self._most_queued()
-        if most is None:
-            return count
-        return max(0, min(count, most - sum(node.seen.queued for node in self.nodes().values())))
-
-    def _most_queued(self) -> int | None:
+    def _fitting(self, node_type: str, config: NodeConfig, count: int) -> tuple[int, str]:
+        """Return how many of some jobs may be put into the queue now, and by which limit."""
         rules = rules_in_force(self.settings)
-        limits = (self.settings.max_queued_jobs, rules.limits.max_queued_jobs if rules is not None else None)
-        return min((limit for limit in limits if limit is not None), default=None)
+        of_all = (self.settings.max_queued_jobs, rules.limits.max_queued_jobs if rules is not None else None)
+        limits = [(limit, f"{limit} of the cluster", "") for limit in of_all if limit is not None]
+        if config.max_queued_jobs is not None:
+            limits.append((config.max_queued_jobs, f"{config.max_queued_jobs} of this type", node_type))
+        fitting, by = count, ""
+        for limit, name, only in limits:
+            queued = sum(node.seen.queued and only in {"", node.tags.get(TAG_TYPE)} for node in self.nodes().values())
+            if limit - queued < fitting:
+                fitting, by = max(0, limit - queued), name
+        return fitting, by
 
     def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         rules = rules_in_force(self.settings)
@@ -235,8 +259,23 @@ class Cluster:
             gcs_address=self._environ[GCS_ADDRESS_VARIABLE],
             head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
             autoscaler_v1=self._environ.get(V2_VARIABLE) == "0",
+            avoid=self.launches.avoided(),
         )
-        return [self._create(launch) for _ in range(count)]
+        try:
+            return [self._create_worker(launch) for _ in range(count)]
+        except SubmitRejected as error:
+            self.launches.rejected(node_type, error)
+            raise
+
+    def _create_worker(self, launch: Launch) -> str:
+        """Create a node; without any others it may start on those that are to be avoided."""
+        try:
+            return self._create(launch)
+        except SubmitRejected as error:
+            if not launch.avoid or error.not_now:
+                raise
+            logger.warning("without %s sbatch refuses type %s", ",".join(launch.avoid), launch.node_type)
+            return self._create(replace(launch, avoid=()))
 
     def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
         """Return the batch script of a node without submitting it."""
@@ -256,7 +295,7 @@ class Cluster:
         The head's own autoscaler never ends the head: when Ray is restarted there, it sees the head's raylet
         go and would have the whole node removed.
         """
-        if self._environ.get(GCS_ADDRESS_VARIABLE):
+        if self._is_autoscaler:
             node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(_INSTANCE_VARIABLE)]
         if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
             # Its autoscaler must not submit while it goes down.
@@ -293,9 +332,10 @@ class Cluster:
             ask_s: Seconds between two questions to SLURM.
 
         Raises:
-            HeadFailed: Its job ended; the text says why.
+            HeadFailed: Its job ended, or would never start and was cancelled; the text says why.
         """
         next_question = self._clock()
+        hopeless_since: float | None = None
         while True:
             report = self.directory.report(node_id)
             ready = report is not None and report.phase == READY
@@ -305,6 +345,13 @@ class Cluster:
                 if node is None:
                     raise HeadFailed(self.obituary(node_id))
                 tell(node)
+                if not (node.seen.queued and waits_for_ever(node.seen.reason)):
+                    hopeless_since = None
+                elif hopeless_since is None:
+                    hopeless_since = self._clock()
+                elif self._clock() - hopeless_since >= HOPELESS_S:
+                    self.terminate([node_id])
+                    raise HeadFailed(f"{node.label} was cancelled: {in_words(node.seen.reason)}")
                 if ready and node.ready:
                     return node
             time.sleep(poll_s)
@@ -368,6 +415,7 @@ class Cluster:
             self._forget_listing()
         with self._lock:
             self._unlisted.add(node_id)
+        self.launches.launched(node_id)
         return node_id
 
     def _refresh(self) -> None:
@@ -380,13 +428,17 @@ class Cluster:
         if inside and own not in seen_ids:
             raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {own}")
         only_head = own if inside else ""
-        found = join(sightings, self.directory.diary(), self.directory.report, only_head)
+        diary = self.directory.diary()
+        found = join(sightings, diary, self.directory.report, only_head)
         self._refuse_incomplete(before, seen_ids)
+        self.launches.take_over(diary.launches)
         for node_id, node in found.items():
             if not node.seen.alive and node_id in before:
                 self._note_end(node)
-            elif node.ready and not (node_id in before and before[node_id].ready):
-                self._backoff.succeeded(node.tags.get(TAG_TYPE, ""))
+            elif node.ready and self._is_autoscaler and not node.is_head:
+                self.launches.ready(node)
+        if self._is_autoscaler:
+            self._withdraw_hopeless(found.values())
         listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
         self._unlisted.difference_update(listed)
         self._known.update(found)
@@ -398,14 +450,26 @@ class Cluster:
             if node_id not in seen_ids and self._backend.exists(node_id):
                 raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
 
+    def _withdraw_hopeless(self, nodes: Iterable[Node]) -> None:
+        """Cancel jobs that SLURM would never start: Ray shall not count on them."""
+        hopeless = self.launches.hopeless(node for node in nodes if node.seen.alive and not node.is_head)
+        if not hopeless:
+            return
+        try:
+            self._backend.terminate(hopeless)
+        except SlurmError as error:
+            logger.warning("they could not be cancelled; that is tried again: %s", error)
+
+    @property
+    def _is_autoscaler(self) -> bool:
+        """Whether this process is a head's, and so the one that launches workers."""
+        return bool(self._environ.get(GCS_ADDRESS_VARIABLE))
+
     def _note_end(self, node: Node) -> None:
-        reason = self.directory.reason(node.node_id)
-        failed = reason or node.seen.state not in {"CANCELLED", "COMPLETING", "COMPLETED"}
-        if node.is_head:
+        if node.is_head or not self._is_autoscaler:
             return  # whoever waits for it tells the user
-        if failed and not node.came_up:
-            self._backoff.failed(node.tags.get(TAG_TYPE, ""), reason or node.seen.state)
-        if failed:
+        reason = self.directory.reason(node.node_id)
+        if self.launches.ended(node, reason, log_tail(self.log_of(node.node_id))):
             logger.warning("%s", self.obituary(node.node_id))
         else:
             logger.info("job %s ended (%s)", node.node_id, node.seen.state)

@@ -2,7 +2,7 @@
 
 ::
 
-    state.json                  the diary: tags that changed since birth
+    state.json                  the diary: tags that changed since birth, and launches that failed
     login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
@@ -36,6 +36,7 @@ from filelock import FileLock, Timeout
 
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
+from ray_slurm_provider.launch_records import LaunchRecords, read_launch_records
 from ray_slurm_provider.reports import NodeReport, ReportPaths, read_reason, read_report
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DIARY_VERSION = 1
+# 1 had no launches.
+_DIARY_VERSION = 2
 _LOCK_TIMEOUT_S = 30.0
 _BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
@@ -55,9 +57,11 @@ class Diary:
 
     Attributes:
         tags: Tag changes by node id.
+        launches: Launches that failed.
     """
 
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
+    launches: LaunchRecords = field(default_factory=LaunchRecords)
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ class ClusterDir:
         return self.root / "tls"
 
     @property
+    def _diary(self) -> Path:
+        return self.root / "state.json"
+
+    @property
     def _login_head(self) -> Path:
         return self.root / "login_head.json"
 
@@ -149,17 +157,23 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
     def diary(self) -> Diary:
-        """Return what changed since birth; nothing when the file is lost."""
-        path = self.root / "state.json"
-        value = read_json_object(path)
+        """Return what changed since birth; nothing when the file is lost or broken.
+
+        Raises:
+            StateError: A newer version of this package has written it.
+        """
+        value = read_json_object(self._diary)
         if value is None:
-            if path.exists():
-                logger.warning("%s cannot be read; going on with what SLURM knows", path)
+            if self._diary.exists():
+                logger.warning("%s cannot be read; going on with what SLURM knows", self._diary)
             return Diary()
-        tags = value.get("tags")
-        if not isinstance(tags, dict):
-            return Diary()
-        return Diary({str(node): {str(k): str(v) for k, v in dict(changed).items()} for node, changed in tags.items()})
+        version = value.get("version")
+        if isinstance(version, int) and version > _DIARY_VERSION:
+            raise StateError(
+                f"{self._diary} was written by a newer ray-slurm-provider (format {version}, this one knows"
+                f" {_DIARY_VERSION})\n  use that version; or, when the cluster is down, remove {self.root}"
+            )
+        return Diary(_read_tags(value.get("tags")), read_launch_records(value.get("launches")))
 
     @contextmanager
     def change_diary(self) -> Iterator[Diary]:
@@ -172,11 +186,12 @@ class ClusterDir:
             with FileLock(self.root / "state.lock", timeout=_LOCK_TIMEOUT_S, mode=0o600):
                 diary = self.diary()
                 yield diary
-                write_json(self.root / "state.json", {"version": _DIARY_VERSION, "tags": diary.tags})
+                value = {"version": _DIARY_VERSION, "tags": diary.tags, "launches": diary.launches.as_json()}
+                write_json(self._diary, value)
         except Timeout as error:
             raise StateError(f"{self.root / 'state.lock'} was not free for {_LOCK_TIMEOUT_S:g} s") from error
         except OSError as error:
-            raise StateError(f"{self.root / 'state.json'} cannot be written: {error.strerror or error}") from error
+            raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
 
     def report(self, node_id: str) -> NodeReport | None:
         """Return what a node says of itself."""
@@ -272,6 +287,15 @@ class ClusterDir:
                 shutil.rmtree(self.root)
         except OSError as error:
             raise StateError(f"{self.root} cannot be removed: {error.strerror or error}") from error
+
+
+def _read_tags(value: Any) -> dict[str, dict[str, str]]:
+    given = value if isinstance(value, dict) else {}
+    return {
+        str(node): {str(name): str(tag) for name, tag in changed.items()}
+        for node, changed in given.items()
+        if isinstance(changed, dict)
+    }
 
 
 def log_tail(path: Path, lines: int = 15) -> list[str]:

@@ -149,6 +149,8 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     def _start_head(self, cmd: str, variables: dict[str, object]) -> None:
         node = self._cluster.last_seen(self._node_id)
+        # Whoever types `ray up` wants another try of whatever failed.
+        self._cluster.launches.resume()
         if node.ready and not has_option("--restart-only"):
             cli_logger.print("Ray already runs in {}; nothing is restarted.", node.label)
             self._say_what_next()
@@ -161,7 +163,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if node.ready:
             self._restart(node)
         try:
-            with HeadProgress(self._cluster.log_of(self._node_id)) as progress:
+            with HeadProgress(self._cluster.log_of(self._node_id), self._cluster.queue_places) as progress:
                 self._cluster.wait_for_head(self._node_id, progress.tell)
         except HeadFailed as error:
             raise HeadStartError(str(error)) from error

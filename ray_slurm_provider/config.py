@@ -79,6 +79,8 @@ class NodeConfig(Section):
     """Environment variables of the job."""
     ray_start_args: list[Line] = []
     """Further arguments for ``ray start``, for example ``--system-reserved-cpu=1``."""
+    max_queued_jobs: Count | None = None
+    """Most jobs of this type that may wait in the queue at a time."""
     resolved: ResolvedNode | None = Field(default=None, json_schema_extra={"internal": True})
     """Filled in by the provider, never by hand."""
 
@@ -135,6 +137,9 @@ class SlurmSettings(Section):
     cancelled."""
     max_queued_jobs: Count | None = None
     """Most jobs of this cluster that may wait in the queue at a time; more are submitted when some have started."""
+    pause_after_failures: Annotated[int, Field(ge=3)] = 6
+    """Failed starts of a node type in a row after which nothing more of it is submitted, until ``ray-slurm resume`` or
+    ``ray up``."""
     birth_record: Literal["comment", "file"] = "comment"
     """Where a job's birth certificate is: in its comment, or, where the site owns the comment, in a file and the job's
     name."""

@@ -10,6 +10,7 @@
         SlurmUnavailable     the controller or munge did not answer; try again
         SubmitRejected       sbatch was refused; says in which category
         SlurmParseError      the tool answered something that we cannot read
+      LaunchDelayed        nothing of a node type is submitted now; says why
       StateError           the cluster directory cannot be read or written
       NodeNotFound         a node id that this cluster does not know
       HeadFailed           the head's job ended before Ray answered
@@ -127,9 +128,27 @@ class SubmitRejected(SlurmError):
         self.category = category
         super().__init__(argv, returncode, stdout, stderr)
 
+    @property
+    def not_now(self) -> bool:
+        """Whether SLURM may take the same job a little later: there are too many in the queue."""
+        return self.category == "limit"
+
 
 class SlurmParseError(SlurmError):
     """The tool printed something that we cannot read: nothing is known."""
+
+
+class LaunchDelayed(SlurmProviderError):
+    """Nothing of a node type is submitted now.
+
+    Args:
+        category: A word for the reason, at most 19 characters (as in `SubmitRejected`).
+        reason: Why, and what ends it.
+    """
+
+    def __init__(self, category: str, reason: str) -> None:
+        self.category = category
+        super().__init__(reason)
 
 
 class StateError(SlurmProviderError):

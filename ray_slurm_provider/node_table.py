@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
+from ray_slurm_provider.slurm.reasons import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,8 @@ class NodeRow:
         type: Ray node type.
         state: SLURM's state of the job.
         ray: Whether Ray is up there.
-        reason: SLURM's reason while it waits.
+        reason: SLURM's reason while it waits, in plain words.
+        queue: Its place in the queue while it waits, as far as SLURM tells.
         host: SLURM node.
         address: Address that Ray uses.
         time_left: Until the time limit.
@@ -47,6 +49,7 @@ class NodeRow:
     state: str
     ray: str
     reason: str
+    queue: str
     host: str
     address: str
     time_left: str
@@ -57,12 +60,13 @@ class NodeRow:
 def node_rows(cluster: Cluster) -> list[NodeRow]:
     """Return a row for each living node, the head first."""
     nodes = sorted(cluster.nodes().values(), key=lambda node: (not node.is_head, _job_number(node)))
-    return [_row(cluster, node) for node in nodes]
+    places = cluster.queue_places()
+    return [_row(cluster, node, str(places.get(node.node_id, ""))) for node in nodes]
 
 
 def print_nodes(cluster: Cluster) -> None:
-    """Print the table once."""
-    _console().print(_table(node_rows(cluster)))
+    """Print the table once, and below it which types are not launched now and which hosts are avoided."""
+    _console().print(_view(cluster, node_rows(cluster)))
 
 
 def watch_nodes(cluster: Cluster) -> None:
@@ -72,18 +76,22 @@ def watch_nodes(cluster: Cluster) -> None:
         if console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 while True:
-                    live.update(_table(_rows_or_none(cluster)), refresh=True)
+                    live.update(_view(cluster, _rows_or_none(cluster)), refresh=True)
                     time.sleep(_WATCH_S)
         last: list[tuple[str, str, str]] | None = None
         while True:
             rows = _rows_or_none(cluster)
             now = [(row.id, row.state, row.ray) for row in rows]
             if now != last:
-                console.print(time.strftime("%H:%M:%S"), _table(rows), sep="\n")
+                console.print(time.strftime("%H:%M:%S"), _view(cluster, rows), sep="\n")
                 last = now
             time.sleep(_WATCH_S)
     except KeyboardInterrupt:
         return
+
+
+def _view(cluster: Cluster, rows: Sequence[NodeRow]) -> Group:
+    return Group(_table(rows), *cluster.launches.summary())
 
 
 def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
@@ -94,14 +102,15 @@ def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
         return []
 
 
-def _row(cluster: Cluster, node: Node) -> NodeRow:
+def _row(cluster: Cluster, node: Node, queue: str) -> NodeRow:
     report = node.report
     return NodeRow(
         id=node.node_id,
         type=node.tags.get(TAG_TYPE, ""),
         state=node.seen.state,
         ray="up" if node.ready else "",
-        reason=node.seen.reason if node.seen.queued else "",
+        reason=in_words(node.seen.reason) if node.seen.queued else "",
+        queue=queue,
         host=node.seen.place,
         address=report.address if report else "",
         time_left=node.seen.time_left,
@@ -112,15 +121,24 @@ def _row(cluster: Cluster, node: Node) -> NodeRow:
 
 def _table(rows: Sequence[NodeRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("id", "type", "state", "ray", "reason", "host", "address", "time_left")
+    waiting = [row for row in rows if row.queue or row.reason]
+    columns = ["id", "type", "state", "ray", "host", "address", "time_left"]
+    if waiting:
+        columns[3:3] = ["reason", "queue", "start"]
     for column in columns:
-        table.add_column(column.upper().replace("_", " "), no_wrap=True)
+        table.add_column(column.upper().replace("_", " "), no_wrap=column not in {"reason", "queue"})
     table.add_column("LOG", overflow="fold")
     for row in rows:
-        table.add_row(*(getattr(row, column) for column in columns), row.log)
+        table.add_row(*(_cell(row, column) for column in columns), row.log)
     if not rows:
         table.add_row("no nodes", *[""] * len(columns))
     return table
+
+
+def _cell(row: NodeRow, column: str) -> str:
+    if column == "start" and not row.reason:
+        return ""  # for those that run this is no news
+    return str(getattr(row, column))
 
 
 def print_clusters(rows: Sequence[ClusterRow]) -> None:

@@ -12,14 +12,18 @@ from rich.console import Console
 from ray_slurm_provider.slurm.reasons import in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from rich.status import Status
     from typing_extensions import Self
 
     from ray_slurm_provider.nodes import Node
+    from ray_slurm_provider.slurm.types import QueuePlace
 
 _REPEAT_S = 300.0
+# Places in the queue change slowly, and to learn them means to ask for everybody's jobs.
+_ASK_S = 30.0
 
 
 class HeadProgress:
@@ -27,12 +31,18 @@ class HeadProgress:
 
     Args:
         log: The job's log, to be named.
+        places: Asks where the cluster's jobs stand in their queues.
         console: Where to write; standard output when None.
     """
 
-    def __init__(self, log: Path, console: Console | None = None) -> None:
+    def __init__(
+        self, log: Path, places: Callable[[], Mapping[str, QueuePlace]], console: Console | None = None
+    ) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._log = log
+        self._places = places
+        self._place: QueuePlace | None = None
+        self._asked_at = float("-inf")
         self._last = ""
         self._said_at = float("-inf")
         self._began = time.monotonic()
@@ -56,7 +66,9 @@ class HeadProgress:
 
     def tell(self, node: Node) -> None:
         """Show how the node stands."""
-        text = describe(node)
+        if node.seen.queued and time.monotonic() - self._asked_at > _ASK_S:
+            self._place, self._asked_at = self._places().get(node.node_id), time.monotonic()
+        text = describe(node, self._place)
         if self._status is not None:
             self._status.update(f"{text} ({time.monotonic() - self._began:.0f} s)")
         now = time.monotonic()
@@ -65,12 +77,13 @@ class HeadProgress:
             self._last, self._said_at = text, now
 
 
-def describe(node: Node) -> str:
-    """Return one line on a node: job, state, reason, start estimate or place."""
+def describe(node: Node, place: QueuePlace | None = None) -> str:
+    """Return one line on a node: job, state; and reason, place in the queue and expected start, or where it runs."""
     seen = node.seen
     parts = [node.label, seen.state]
     if seen.queued:
         parts += [f"reason {in_words(seen.reason)}"] if seen.reason else []
+        parts += [str(place)] if place else []
         parts += [f"start expected {seen.start}"] if seen.start else []
     else:
         parts += [f"on {seen.place}"] if seen.place else []

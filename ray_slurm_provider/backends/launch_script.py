@@ -47,6 +47,7 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         cluster_dir=launch.cluster_dir,
         options=launch.config.sbatch,
         skip=skip,
+        avoid=[] if launch.config.sbatch.nodelist else list(launch.avoid),
         extra=[split_directive(text) for text in (*settings.sbatch_extra, *launch.config.sbatch_extra)],
         steps=[(where, command) for where, command in resolved.steps],
         env=launch.config.env,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from ray_slurm_provider.slurm.process import Completed
-    from ray_slurm_provider.slurm.types import Job, JobEnd
+    from ray_slurm_provider.slurm.types import Job, JobEnd, QueuePlace
 
 # sbatch's own words, and the category we give them; the first that fits wins.
 _REJECTIONS = (
@@ -33,12 +33,13 @@ _REJECTIONS = (
     ("More processors requested", "cpus"),
     ("node configuration is not available", "no-such-node"),
     ("Node count specification invalid", "node-count"),
-    ("Job violates accounting/QOS policy", "limit"),
-    ("AssocMaxSubmitJobLimit", "limit"),
-    ("QOSMaxSubmitJob", "limit"),
+    ("Job violates accounting/QOS policy", "policy"),
     ("Access/permission denied", "permission"),
     ("unrecognized option", "option"),
 )
+# Limits on how many jobs are in the queue, by account, user or QOS: they pass by themselves. They stand before the
+# policy that they belong to; those on a job's size or time do not pass.
+_SUBMIT_LIMIT = re.compile(r"\b\w*(Max|Grp)Submit\w*")
 _UNKNOWN_JOB = "Invalid job id specified"
 # An argument list may hold about 2 MB; ids are short, but a cluster may be large.
 _CANCEL_BATCH = 1000
@@ -64,6 +65,15 @@ class SlurmClient:
             return parse.parse_squeue(done.stdout)
         except ValueError as error:
             raise SlurmParseError(argv, 0, done.stdout, f"{error}; squeue printed {done.stdout[:200]!r}") from error
+
+    def queue(self) -> dict[str, QueuePlace]:
+        """Return the place of each waiting job of everybody, by job id; nothing where jobs are private."""
+        if "jobs" in self.configuration().get("PrivateData", "").lower().split(","):
+            return {}
+        form = parse.SEPARATOR.join(("%i", "%P"))
+        # --priority lists a job of several partitions in each of them.
+        argv = ["squeue", "--states=PENDING", "--priority", "--sort=-p,i", "--noheader", "--format", form]
+        return parse.parse_queue(self.tools.run(argv).stdout)
 
     def submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
         """Submit a batch script and return the job's id.
@@ -198,5 +208,7 @@ def squeue_argv() -> list[str]:
 
 
 def rejection_category(stderr: str) -> str:
-    """Return a short word for why sbatch was refused."""
+    """Return a short word for why sbatch was refused; "limit" when the same job may be taken a little later."""
+    if _SUBMIT_LIMIT.search(stderr):
+        return "limit"
     return next((category for words, category in _REJECTIONS if words.lower() in stderr.lower()), "refused")

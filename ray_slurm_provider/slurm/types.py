@@ -108,6 +108,24 @@ class Job:
 
 
 @dataclass(frozen=True)
+class QueuePlace:
+    """How many jobs stand before one.
+
+    Attributes:
+        place: 1 for the next one.
+        of: How many wait there.
+        partition: Where.
+    """
+
+    place: int
+    of: int
+    partition: str
+
+    def __str__(self) -> str:
+        return f"{self.place} of {self.of} in {self.partition}"
+
+
+@dataclass(frozen=True)
 class JobEnd:
     """How a job ended, from ``scontrol show job``.
 

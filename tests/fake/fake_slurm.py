@@ -6,6 +6,7 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     down        list of tools that cannot reach the controller
     hang        list of tools that give no answer
     refuse      what sbatch says when it refuses
+    refuse_with what it says to a script with a directive, by directive
     lost        sbatch submits, but gives no answer
     comment     what the site writes into the comment of every job
     squeue      what squeue prints in place of the truth; "half" cuts the last line
@@ -52,6 +53,9 @@ def sbatch(faults):
     script = sys.stdin.read()
     jobs = load("jobs.json", [])
     options = directives(script)
+    for name, words in faults.get("refuse_with", {}).items():
+        if name in options:
+            sys.exit(f"sbatch: error: Batch job submission failed: {words}")
     number = str(max([int(job["id"]) for job in jobs], default=0) + 1)
     jobs.append(
         {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import (
     HeadFailed,
+    LaunchDelayed,
     NodeNotFound,
     SlurmError,
     SlurmParseError,
@@ -16,6 +19,8 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
+from ray_slurm_provider.reports import READY, NodeReport, write_report
+from ray_slurm_provider.sbatch_options import SbatchOptions
 
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
 WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
@@ -42,7 +47,7 @@ def settings(tmp_path):
 @pytest.fixture
 def login(fake_slurm, settings, clock):
     """The cluster as `ray up` sees it."""
-    return Cluster("c", settings, fake_slurm.environ, clock=clock)
+    return Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def monitor(login, head_id, fake_slurm, settings, clock):
         "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
         "RAY_SLURM_DIR": str(login.directory.root),
     }
-    return Cluster("c", settings, environ, clock=clock)
+    return Cluster("c", settings, environ, clock=clock, wall_clock=clock)
 
 
 def test_a_job_is_listed_as_soon_as_it_is_submitted_with_all_its_tags(login, head_id):
@@ -182,13 +187,196 @@ def test_a_type_whose_nodes_do_not_come_up_is_tried_again_after_a_pause(monitor,
     for _ in range(3):
         fail()
     submitted = len(fake_slurm.jobs())
-    with pytest.raises(StateError, match="setup.0. failed with exit code 1"):
+    with pytest.raises(LaunchDelayed, match="setup.0. failed with exit code 1") as error:
         monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert error.value.category == "slurm-backoff"
     assert len(fake_slurm.jobs()) == submitted
     monitor.create_workers("other", CONFIG, {**WORKER, TAG_TYPE: "other"}, 1)
     clock.now += 10
     monitor.create_workers("worker", CONFIG, WORKER, 1)
     assert len(fake_slurm.jobs()) == submitted + 2
+
+
+def test_a_type_that_goes_on_failing_pauses_until_a_person_resumes_it(
+    monitor, login, head_id, fake_slurm, settings, clock
+):
+    for _ in range(settings.pause_after_failures):
+        clock.now += 700
+        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+        monitor.log_of(worker).write_text("module: command not found\n")
+        monitor.nodes()
+        fake_slurm.change(worker.partition("-")[0], state="FAILED")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+    clock.now += 10**6
+    with pytest.raises(LaunchDelayed, match=r"(?s)6 starts.*FAILED.*module: command not found"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    login.nodes()
+    assert "until `ray-slurm resume`" in login.launches.summary()[0]
+    # Another autoscaler, after the first was killed, knows it too.
+    again = Cluster("c", settings, monitor._environ, clock=clock, wall_clock=clock)
+    again.nodes()
+    with pytest.raises(LaunchDelayed):
+        again.create_workers("worker", CONFIG, WORKER, 1)
+    assert login.launches.resume("other") == []
+    assert login.launches.resume() == ["worker"]
+    clock.now += 2
+    monitor.nodes()
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert login.launches.resume() == []
+
+
+def test_a_host_where_starts_fail_is_excluded_and_the_users_own_exclusions_stay(monitor, fake_slurm, clock):
+    def start(config=CONFIG):
+        (worker,) = monitor.create_workers("worker", config, WORKER, 1)
+        monitor.nodes()
+        return worker.partition("-")[0]
+
+    for _ in range(2):
+        job = start()
+        fake_slurm.change(job, state="FAILED", nodes="c7")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+    assert "#SBATCH --exclude=c7\n" in fake_slurm.script(start())
+    assert "#SBATCH --exclude=c1,c7\n" in fake_slurm.script(start(NodeConfig(sbatch=SbatchOptions(exclude="c1"))))
+    assert "--exclude" not in fake_slurm.script(start(NodeConfig(sbatch=SbatchOptions(nodelist="c7"))))
+    clock.now += 1801
+    assert "--exclude" not in fake_slurm.script(start())
+
+
+def test_without_other_hosts_an_avoided_one_is_better_than_none(monitor, fake_slurm, clock):
+    for _ in range(2):
+        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+        monitor.nodes()
+        fake_slurm.change(worker.partition("-")[0], state="FAILED", nodes="c7")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+    fake_slurm.faults(refuse_with={"exclude": "Requested node configuration is not available"})
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert "--exclude" not in fake_slurm.script(worker.partition("-")[0])
+
+
+def test_a_node_that_came_up_and_settled_forgives_what_was(monitor, fake_slurm, clock):
+    def fail():
+        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+        monitor.nodes()
+        fake_slurm.change(worker.partition("-")[0], state="FAILED", nodes="c7")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+
+    fail()
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.change(worker.partition("-")[0], state="RUNNING", nodes="c7")
+    write_report(monitor.directory.reports, NodeReport(worker, READY, ready_at=1), head=False)
+    for seconds, kept in ((2, True), (31, False)):
+        clock.now += seconds
+        monitor.nodes()
+        assert ("worker" in monitor.directory.diary().launches.types) == kept
+
+
+def test_slurms_limit_on_queued_jobs_is_not_asked_against_in_every_round(monitor, fake_slurm, clock):
+    fake_slurm.faults(refuse="QOSMaxSubmitJobPerUserLimit\nJob violates accounting/QOS policy")
+    with pytest.raises(SubmitRejected) as error:
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert error.value.not_now
+    asked = fake_slurm.calls("sbatch")
+    with pytest.raises(LaunchDelayed, match="QOSMaxSubmitJobPerUserLimit") as delayed:
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert delayed.value.category == "slurm-limit"
+    assert fake_slurm.calls("sbatch") == asked
+    fake_slurm.faults()
+    clock.now += 16
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert "worker" not in [
+        name for name, record in monitor.directory.diary().launches.types.items() if record.failures
+    ]
+
+
+def test_what_slurm_refuses_is_asked_for_less_and_less_often(monitor, fake_slurm, clock):
+    fake_slurm.faults(refuse="Invalid partition name specified")
+    waits = []
+    for _ in range(4):
+        with pytest.raises(SubmitRejected):
+            monitor.create_workers("worker", CONFIG, WORKER, 1)
+        began = clock.now
+        while True:
+            clock.now += 1
+            with pytest.raises((LaunchDelayed, SubmitRejected)) as error:
+                monitor.create_workers("worker", CONFIG, WORKER, 1)
+            if isinstance(error.value, SubmitRejected):
+                break
+            assert error.value.category == "slurm-partition"
+        waits.append(clock.now - began)
+        clock.now += 1000
+    assert waits == sorted(waits)
+    assert waits[0] >= 10
+    assert waits[-1] > 100
+
+
+def test_a_job_that_slurm_would_never_start_is_withdrawn_and_its_type_told(monitor, fake_slurm, clock, caplog):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.change(worker.partition("-")[0], reason="PartitionTimeLimit")
+    clock.now += 2
+    assert worker in monitor.nodes()
+    assert "waits in vain: PartitionTimeLimit (its time is more than the partition allows" in caplog.text
+    clock.now += 6
+    monitor.nodes()
+    clock.now += 2
+    assert worker not in monitor.nodes()
+    with pytest.raises(LaunchDelayed, match="PartitionTimeLimit") as delayed:
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert delayed.value.category == "slurm-never"
+    clock.now += 30
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
+@pytest.mark.parametrize(
+    "reason", ["Priority", "Resources", "JobHeldAdmin", "JobHeldUser", "PartitionDown", "BrandNew"]
+)
+def test_a_queued_job_keeps_its_place_for_days(monitor, fake_slurm, clock, reason):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.change(worker.partition("-")[0], reason=reason)
+    for _ in range(100):
+        clock.now += 3600
+        assert worker in monitor.nodes()
+    assert len(fake_slurm.jobs()) == 2
+
+
+def test_a_head_that_slurm_would_never_start_is_cancelled_and_the_user_told(login, head_id, fake_slurm, clock):
+    fake_slurm.change(head_id.partition("-")[0], reason="BadConstraints")
+
+    def tell(node):
+        clock.now += 3
+
+    with pytest.raises(HeadFailed, match=r"BadConstraints \(no node fulfils"):
+        login.wait_for_head(head_id, tell, poll_s=0, ask_s=0)
+    assert fake_slurm.jobs()[0]["state"] == "CANCELLED"
+
+
+def test_a_diary_of_an_older_version_is_taken_over(login, head_id, clock):
+    path = login.directory.root / "state.json"
+    path.write_text(json.dumps({"version": 1, "tags": {head_id: {TAG_STATUS: "up-to-date"}}}))
+    clock.now += 10
+    assert login.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
+    login.set_tags(head_id, {"x": "y"})
+    assert json.loads(path.read_text())["version"] == 2
+    clock.now += 10
+    assert login.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
+
+
+def test_a_diary_of_a_newer_version_is_refused_and_left_alone(login, head_id, clock):
+    path = login.directory.root / "state.json"
+    text = json.dumps({"version": 3, "tags": [["something", "new"]]})
+    path.write_text(text)
+    clock.now += 10
+    for action in (login.nodes, lambda: login.set_tags(head_id, {"x": "y"})):
+        with pytest.raises(StateError, match=r"(?s)newer ray-slurm-provider.*use that version"):
+            action()
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize("state", ["CONFIGURING", "SUSPENDED", "STAGE_OUT", "REQUEUED", "NEVER_HEARD_OF"])
@@ -224,7 +412,9 @@ def test_workers_of_another_head_are_not_the_autoscalers_business(monitor, fake_
 
 
 def test_two_clusters_of_one_name_in_two_places_do_not_see_each_other(login, head_id, fake_slurm, tmp_path, clock):
-    other = Cluster("c", SlurmSettings(state_dir=str(tmp_path / "elsewhere")), fake_slurm.environ, clock=clock)
+    other = Cluster(
+        "c", SlurmSettings(state_dir=str(tmp_path / "elsewhere")), fake_slurm.environ, clock=clock, wall_clock=clock
+    )
     assert other.nodes() == {}
 
 
@@ -246,7 +436,7 @@ def test_terminating_twice_is_no_error(monitor):
 
 def test_tags_outlive_the_process_and_the_loss_of_the_diary(login, head_id, fake_slurm, settings, clock):
     login.set_tags(head_id, {TAG_STATUS: "up-to-date"})
-    again = Cluster("c", settings, fake_slurm.environ, clock=clock)
+    again = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
     assert again.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
     (login.directory.root / "state.json").write_text('{"version": 1, "tags": {"1-')
     clock.now += 10

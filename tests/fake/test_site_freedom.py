@@ -7,7 +7,14 @@ import pytest
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import ConfigError, SiteRuleError, SlurmUnavailable, StateError, SubmitRejected
+from ray_slurm_provider.errors import (
+    ConfigError,
+    LaunchDelayed,
+    SiteRuleError,
+    SlurmUnavailable,
+    StateError,
+    SubmitRejected,
+)
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.site_rules import SiteLimits, SiteRules
 
@@ -86,13 +93,26 @@ def test_the_queue_takes_no_more_than_was_agreed(make, fake_slurm):
     head = make().create_head("head", CONFIG, HEAD)
     fake_slurm.change(1, state="RUNNING")
     monitor = make(head, max_queued_jobs=3)
-    with pytest.raises(StateError, match=r"2 jobs of type worker have to wait.*max_queued_jobs"):
+    with pytest.raises(LaunchDelayed, match=r"2 jobs of type worker have to wait.*3 of the cluster.*max_queued_jobs"):
         monitor.create_workers("worker", CONFIG, WORKER, 5)
     assert len(fake_slurm.jobs()) == 4
-    with pytest.raises(StateError, match="1 jobs"):
+    with pytest.raises(LaunchDelayed, match="1 jobs"):
         monitor.create_workers("worker", CONFIG, WORKER, 1)
     fake_slurm.change(2, state="RUNNING")
     assert len(monitor.create_workers("worker", CONFIG, WORKER, 1)) == 1
+
+
+def test_a_node_type_has_a_number_of_its_own(make, fake_slurm):
+    head = make().create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="RUNNING")
+    monitor = make(head, max_queued_jobs=5)
+    few = NodeConfig(max_queued_jobs=2)
+    with pytest.raises(LaunchDelayed, match=r"2 jobs of type worker have to wait.*2 of this type"):
+        monitor.create_workers("worker", few, WORKER, 4)
+    monitor.create_workers("other", CONFIG, {**WORKER, TAG_TYPE: "other"}, 3)
+    with pytest.raises(LaunchDelayed, match="5 of the cluster"):
+        monitor.create_workers("other", CONFIG, {**WORKER, TAG_TYPE: "other"}, 1)
+    assert len(fake_slurm.jobs()) == 6
 
 
 def test_the_sites_number_of_nodes_holds_whatever_the_yaml_became(make, fake_slurm):
