@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
+from ray_slurm_provider.sandbox.machines import MACHINE_VARIABLE
 
 if TYPE_CHECKING:
     from ray_slurm_provider.procfs import Process
@@ -45,6 +46,5 @@ def _belongs(process: Process, paths: SandboxPaths) -> bool:
     if f"SLURM_CONF={paths.slurm_conf}".encode() not in variables:
         return False
     # A head on the login node is no job, but belongs to the SLURM that it submits to.
-    return process.name in DAEMONS or any(
-        variable.startswith((b"SLURM_JOB_ID=", b"RAY_SLURM_DIR=")) for variable in variables
-    )
+    signs = (b"SLURM_JOB_ID=", b"RAY_SLURM_DIR=", f"{MACHINE_VARIABLE}=".encode())
+    return process.name in DAEMONS or any(variable.startswith(signs) for variable in variables)

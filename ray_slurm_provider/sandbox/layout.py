@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from ray_slurm_provider.fields import Line, Memory, Section
+from ray_slurm_provider.sandbox.machines import LOGIN, LOGIN_ADDRESS
 from ray_slurm_provider.slurm.parse import parse_mem_mib
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ MAX_STATE_DIR_LENGTH = 60
 
 _SETTINGS = """\
 ClusterName=sandbox
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -71,6 +72,13 @@ MailProg=/bin/true
 GresTypes=gpu
 PropagateResourceLimits=NONE
 """
+# Separate machines are really lost, and soon: a node that does not answer is DOWN after about 11 s.
+_ISOLATED_SETTINGS: dict[str, str | int] = {
+    "CommunicationParameters": "",
+    "SlurmdTimeout": 5,
+    "MessageTimeout": 3,
+    "TCPTimeout": 2,
+}
 _PARTITION_OPTIONS: dict[str, str | int] = {"MaxTime": "7-00:00:00", "DefaultTime": "1:00:00", "State": "UP"}
 
 
@@ -127,6 +135,8 @@ class SandboxSpec(Section):
     """The partitions."""
     settings: dict[str, str | int] = {}
     """Keys of slurm.conf that differ from the sandbox's own: ``EnforcePartLimits``, ``SelectTypeParameters``."""
+    isolated: bool = False
+    """Whether each node is a machine of its own: network, host name, ``/dev/shm`` and processes."""
     job_submit: str = ""
     """A job_submit plugin in Lua: what a site does with jobs that it does not like."""
 
@@ -149,6 +159,7 @@ def usual_spec(
     cpus: int = 4,
     memory: str = "4G",
     gpu_type: str = "a100",
+    isolated: bool = False,
 ) -> SandboxSpec:
     """Return a sandbox with the partitions ``cpu`` and ``gpu``.
 
@@ -159,6 +170,7 @@ def usual_spec(
         cpus: CPUs that each virtual node claims.
         memory: Memory that each virtual node claims.
         gpu_type: The type of the fake GPUs.
+        isolated: Whether each node is a machine of its own.
 
     Raises:
         ValueError: A number makes no sense.
@@ -175,7 +187,7 @@ def usual_spec(
     partitions = [
         Partition(name=names[group.name], groups=[group.name], default=group is groups[0]) for group in groups
     ]
-    return SandboxSpec(nodes=groups, partitions=partitions)
+    return SandboxSpec(nodes=groups, partitions=partitions, isolated=isolated)
 
 
 def read_layout(value: Any) -> SandboxSpec:
@@ -197,7 +209,7 @@ def read_layout(value: Any) -> SandboxSpec:
 
 @dataclass(frozen=True)
 class VirtualNode:
-    """One slurmd: its SLURM name, its own loopback address, and its port."""
+    """One slurmd: its SLURM name, its own address, and its port."""
 
     name: str
     address: str
@@ -238,21 +250,30 @@ class SandboxPaths:
 
 
 def virtual_nodes(spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
-    """Return the nodes, group by group, addresses from 127.0.1.1 up, ports after the controller's."""
+    """Return the nodes, group by group, addresses from 127.0.1.1 or 10.77.1.1 up, ports after the controller's."""
     members = [(name, group) for group in spec.nodes for name in group.members]
+    network = "10.77" if spec.isolated else "127.0"
     return [
-        VirtualNode(name, f"127.0.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, group)
+        VirtualNode(name, f"{network}.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, group)
         for index, (name, group) in enumerate(members)
     ]
 
 
 def render_slurm_conf(spec: SandboxSpec, paths: SandboxPaths, host: str, user: str, base_port: int) -> str:
     """Return the text of slurm.conf."""
-    text = _SETTINGS.format(host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket)
-    settings = {**spec.settings, **({"JobSubmitPlugins": "lua"} if spec.job_submit else {})}
+    controller = f"{LOGIN}({LOGIN_ADDRESS})" if spec.isolated else f"{host}(127.0.0.1)"
+    text = _SETTINGS.format(
+        controller=controller, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket
+    )
+    settings = {
+        **(_ISOLATED_SETTINGS if spec.isolated else {}),
+        **spec.settings,
+        **({"JobSubmitPlugins": "lua"} if spec.job_submit else {}),
+    }
     kept = [line for line in text.splitlines() if line.partition("=")[0] not in settings]
     nodes = [
-        f"NodeName={node.name} NodeHostname={host} NodeAddr={node.address} Port={node.port}"
+        f"NodeName={node.name} NodeHostname={node.name if spec.isolated else host}"
+        f" NodeAddr={node.address} Port={node.port}"
         f" CPUs={node.group.cpus} RealMemory={parse_mem_mib(node.group.memory)}"
         f" Feature={','.join([*node.group.features, node.name])}"
         + (f" Gres=gpu:{node.group.gpu_type}:{node.group.gpus}" if node.group.gpus else "")
@@ -265,7 +286,8 @@ def render_slurm_conf(spec: SandboxSpec, paths: SandboxPaths, host: str, user: s
         f" Default={'YES' if partition.default else 'NO'}{_pairs({**_PARTITION_OPTIONS, **partition.options})}"
         for partition in spec.partitions
     ]
-    return "\n".join([*kept, *(f"{name}={value}" for name, value in settings.items()), *nodes, *partitions]) + "\n"
+    said = [f"{name}={value}" for name, value in settings.items() if value != ""]
+    return "\n".join([*kept, *said, *nodes, *partitions]) + "\n"
 
 
 def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:

@@ -19,7 +19,7 @@ from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.temp_dirs import remove_temp_dirs
 from ray_slurm_provider.errors import SandboxError, SlurmError
 from ray_slurm_provider.files import read_json_object, write_json
-from ray_slurm_provider.sandbox import daemons
+from ray_slurm_provider.sandbox import daemons, machines
 from ray_slurm_provider.sandbox.layout import (
     MAX_STATE_DIR_LENGTH,
     SandboxPaths,
@@ -29,11 +29,14 @@ from ray_slurm_provider.sandbox.layout import (
     render_slurm_conf,
     virtual_nodes,
 )
+from ray_slurm_provider.sandbox.machines import LOGIN, Machines
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from ray_slurm_provider.sandbox.layout import VirtualNode
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ class Sandbox:
         Raises:
             SandboxError: It cannot be started; whatever was started is gone again.
         """
-        _check_tools()
+        _check_tools(isolated=spec.isolated)
         self._make_root()
         try:
             self._start(spec)
@@ -157,6 +160,48 @@ class Sandbox:
         """Return the environment for a command that shall use this SLURM."""
         return {**clean_environment(os.environ), **self.environment()}
 
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return what runs a command where people type: in an isolated sandbox on its login machine."""
+        self._require()
+        return self.machines.command(LOGIN, words, str(Path.cwd())) if self.isolated else list(words)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether its nodes are machines of their own."""
+        return bool((read_json_object(self.paths.record) or {}).get("spec", {}).get("isolated"))
+
+    @property
+    def machines(self) -> Machines:
+        """Its machines, when it is isolated."""
+        return Machines(self.paths, self._daemon_environment())
+
+    def node(self, name: str) -> VirtualNode:
+        """Return a virtual node.
+
+        Raises:
+            SandboxError: There is none of that name.
+        """
+        record = self._require()
+        nodes = {node.name: node for node in virtual_nodes(read_layout(record["spec"]), record["port"])}
+        if name not in nodes:
+            raise SandboxError(f"there is no node {name}; there are {', '.join(nodes)}")
+        return nodes[name]
+
+    def start_controller(self, *, forget_jobs: bool = False) -> None:
+        """Start slurmctld, and return when it answers.
+
+        Raises:
+            SandboxError: It does not.
+        """
+        self._daemon("slurmctld", "-c" if forget_jobs else "-i", machine=LOGIN)
+        # slurmctld goes to the background before it can still fail: ask it.
+        if not procfs.wait_until(self._client().answers, _STARTUP_TIMEOUT_S):
+            raise SandboxError(f"slurmctld {'does not answer' if self._runs('slurmctld') else 'ended at once'}")
+
+    def start_node(self, node: VirtualNode) -> None:
+        """Start the slurmd of a node."""
+        self._daemon("slurmd", "-N", node.name, machine=node.name)
+
     def _require(self) -> dict[str, Any]:
         record = read_json_object(self.paths.record)
         if record is None:
@@ -201,7 +246,15 @@ class Sandbox:
         if spec.job_submit:
             paths.job_submit.write_text(spec.job_submit)
         self._start_munged()
-        self._start_slurm(spec, base_port)
+        nodes = virtual_nodes(spec, base_port)
+        if spec.isolated:
+            self.machines.up({node.name: node.address for node in nodes})
+        self.start_controller()
+        for node in nodes:
+            (paths.root / "spool" / node.name).mkdir()
+            self.start_node(node)
+        if not procfs.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
+            raise SandboxError(f"not every node came up: {self._node_states()}")
 
     def _start_munged(self) -> None:
         directory = self.paths.root / "munge"
@@ -219,19 +272,6 @@ class Sandbox:
             "--group-update-time=-1",
         )
 
-    def _start_slurm(self, spec: SandboxSpec, base_port: int) -> None:
-        client = self._client()
-        self._daemon("slurmctld", "-i")
-        # slurmctld goes to the background before it can still fail: ask it.
-        if not procfs.wait_until(client.answers, _STARTUP_TIMEOUT_S):
-            raise SandboxError(f"slurmctld {'does not answer' if self._runs('slurmctld') else 'ended at once'}")
-        nodes = virtual_nodes(spec, base_port)
-        for node in nodes:
-            (self.paths.root / "spool" / node.name).mkdir()
-            self._daemon("slurmd", "-N", node.name)
-        if not procfs.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
-            raise SandboxError(f"not every node came up: {self._node_states()}")
-
     def _all_idle(self, count: int) -> Callable[[], bool]:
         def idle() -> bool:
             states = self._node_states()
@@ -242,10 +282,14 @@ class Sandbox:
     def _runs(self, daemon: str) -> bool:
         return bool(daemons.daemons_of(self.paths)[daemon])
 
-    def _daemon(self, name: str, *arguments: str) -> None:
+    def _daemon(self, name: str, *arguments: str, machine: str = "") -> None:
+        """Start a daemon; munged serves all machines from outside, by its socket."""
+        command = [_path_of(name), *arguments]
+        if machine and self.isolated:
+            command = self.machines.command(machine, command)
         with (self.paths.logs / "start.log").open("ab") as log:
             done = subprocess.run(
-                [_path_of(name), *arguments],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -265,7 +309,8 @@ class Sandbox:
         }
 
     def _client(self) -> SlurmClient:
-        return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment()))
+        prefix = self.machines.command(LOGIN, []) if self.isolated and self.machines.alive(LOGIN) else []
+        return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment(), prefix=prefix))
 
     def _node_states(self) -> dict[str, str]:
         tools = self._client().tools
@@ -327,10 +372,12 @@ def default_state_dir() -> Path:
     return Path(f"/tmp/ray-slurm-sandbox-{os.getuid()}")  # noqa: S108 short for the sockets, private by its owner
 
 
-def _check_tools() -> None:
-    missing = [name for name in _TOOLS if shutil.which(name, path=_search_path()) is None]
+def _check_tools(*, isolated: bool) -> None:
+    wanted = (*_TOOLS, *machines.TOOLS) if isolated else _TOOLS
+    missing = [name for name in wanted if shutil.which(name, path=_search_path()) is None]
     if missing:
-        raise SandboxError(f"{', '.join(missing)} not found: apt-get install {_PACKAGES}")
+        packages = f"{_PACKAGES} {machines.PACKAGES}" if isolated else _PACKAGES
+        raise SandboxError(f"{', '.join(missing)} not found: apt-get install {packages}")
 
 
 def _search_path() -> str:

@@ -75,12 +75,14 @@ class SlurmTools:
         timeout_s: Seconds after which a tool that has not answered is ended.
         environ: The environment to run in; it is scrubbed before use.
         cluster: SLURM's name of the cluster, where the tools speak to several; empty for their own.
+        prefix: Words before each command line, for tools that run in another place.
     """
 
     bin_dir: str = ""
     timeout_s: float = DEFAULT_TIMEOUT_S
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
     cluster: str = ""
+    prefix: Sequence[str] = ()
 
     def run(self, argv: Sequence[str], *, stdin: str = "", environ: Mapping[str, str] | None = None) -> Completed:
         """Run one tool and wait for it.
@@ -101,7 +103,7 @@ class SlurmTools:
         env = clean_environment(self.environ if environ is None else environ)
         if self.cluster:
             env["SLURM_CLUSTERS"] = self.cluster
-        command = (self.path_of(argv[0]), *argv[1:])
+        command = (*self.prefix, self.path_of(argv[0]), *argv[1:])
         _require_configuration(command, env)
         started = time.monotonic()
         try:

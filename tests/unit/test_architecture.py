@@ -16,6 +16,7 @@ RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
 LAYERS = [
     {"cli"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
+    {"sandbox.faults"},
     {"preflight", "yaml_schema", "deployment.commands"},
     {"deployment.deploy", "deployment.site_document"},
     {"deployment.probing", "deployment.document"},
@@ -31,6 +32,7 @@ LAYERS = [
         "sessions",
         "sandbox.daemons",
         "sandbox.layout",
+        "sandbox.machines",
         "sandbox",
     },
     {"access", "cluster", "shells"},
