@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import yaml
@@ -21,6 +22,7 @@ from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.deployment.commands import deploy
 from ray_slurm_provider.errors import ConfigError, SlurmProviderError
 from ray_slurm_provider.findings import FAILURE
+from ray_slurm_provider.garbage import find_garbage, remove_garbage
 from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
@@ -28,6 +30,9 @@ from ray_slurm_provider.sandbox.commands import sandbox
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, full_host_name, tunnel_command
+
+if TYPE_CHECKING:
+    from ray_slurm_provider.config import SlurmSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -174,18 +179,42 @@ def ssh_command(config: Path, login_host: str, user: str) -> None:
     click.echo("\n".join(notes), err=True)
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-@click.option(
+_state_dir = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
     show_default="the site's, or ~/.ray-slurm",
     help="Where to look for clusters of which nothing runs.",
 )
+
+
+def _without_yaml() -> tuple[SlurmSettings, SlurmClient]:
+    """Return what the site says, and the way to SLURM, for commands that take no YAML."""
+    settings = settings_of({"provider": {}})
+    return settings, SlurmClient(SlurmTools(settings.slurm_bin or "", cluster=settings.clusters or ""))
+
+
+@cli.command()
+@_state_dir
+@click.option("--yes", is_flag=True, help="End and remove what is listed.")
+def gc(state_dir: Path | None, yes: bool) -> None:
+    """List jobs and directories that belong to none of your clusters that live; with --yes, end and remove them."""
+    settings, slurm = _without_yaml()
+    garbage = find_garbage(slurm, state_dir or settings.directory(), settings.temp_dir)
+    for line in garbage.lines() or ["nothing is left over"]:
+        click.echo(line)
+    if garbage and yes:
+        remove_garbage(slurm, garbage, settings.temp_dir)
+        click.echo("all of it is gone")
+    elif garbage:
+        click.echo("Nothing was touched; --yes ends and removes all of it.")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+@_state_dir
 def clusters(as_json: bool, state_dir: Path | None) -> None:
     """List all your clusters and how they stand."""
-    settings = settings_of({"provider": {}})
-    slurm = SlurmClient(SlurmTools(settings.slurm_bin or "", cluster=settings.clusters or ""))
+    settings, slurm = _without_yaml()
     rows = find_clusters(slurm, state_dir or settings.directory())
     if as_json:
         click.echo(json.dumps([row.__dict__ for row in rows], indent=1))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
+from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
@@ -49,13 +50,40 @@ class ClusterRow:
 
 
 @dataclass
-class _Found:
+class FoundCluster:
+    """What is found of one cluster.
+
+    Attributes:
+        jobs: Its living jobs with their certificates.
+        directory: Its directory, None when it is not known.
+    """
+
     jobs: list[tuple[BirthCertificate, Job]] = field(default_factory=list)
     directory: ClusterDir | None = None
 
+    def heads(self, name: str) -> tuple[list[tuple[str, bool]], bool]:
+        """Return the living heads, each with whether it waits, and whether there may be one that nobody sees."""
+        heads = [
+            (certificate.node_id(job.job_id), job.queued) for certificate, job in self.jobs if not certificate.head
+        ]
+        elsewhere = any(certificate.head.startswith(LOGIN_PREFIX) for certificate, _ in self.jobs)
+        if self.directory is None:
+            return heads, elsewhere
+        try:
+            seen = LoginProcess(self.directory, name).sightings()
+        except StateError:
+            return heads, True
+        return [*heads, *((one.node_id, one.queued) for one in seen if one.alive)], elsewhere and not seen
+
 
 def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
-    """Return every cluster of this user.
+    """Return every cluster of this user, as `collect_clusters` finds them."""
+    found = collect_clusters(client, state_dir)
+    return [_row(name, found[name, home]) for name, home in sorted(found)]
+
+
+def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, str], FoundCluster]:
+    """Return every cluster of this user, by name and fingerprint of its directory.
 
     Args:
         client: The way to SLURM.
@@ -64,7 +92,7 @@ def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
     Raises:
         SlurmError: SLURM does not answer; nothing is known then.
     """
-    found: dict[tuple[str, str], _Found] = defaultdict(_Found)
+    found: dict[tuple[str, str], FoundCluster] = defaultdict(FoundCluster)
     roots = {*_directories_of_processes(), *_directories_in(state_dir)}
     directories = [ClusterDir(root.parent, root.name) for root in roots]
     births = [BirthRecords(directory.births) for directory in directories if directory.births.is_dir()]
@@ -78,7 +106,7 @@ def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
     for (name, _), entry in found.items():
         if entry.directory is None:
             entry.directory = _directory_of(client, entry.jobs[0][1], name)
-    return [_row(name, found[name, home]) for name, home in sorted(found)]
+    return found
 
 
 def _directories_in(state_dir: Path) -> Iterator[Path]:
@@ -103,16 +131,10 @@ def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None
     return ClusterDir(root.parent, name) if root.name == name else None
 
 
-def _row(name: str, entry: _Found) -> ClusterRow:
+def _row(name: str, entry: FoundCluster) -> ClusterRow:
     directory = entry.directory
-    heads = [(certificate.node_id(job.job_id), job.queued) for certificate, job in entry.jobs if not certificate.head]
+    heads, unknown = entry.heads(name)
     workers = [job for certificate, job in entry.jobs if certificate.head]
-    unknown = False
-    try:
-        login = LoginProcess(directory, name).sightings() if directory is not None else []
-        heads += [(seen.node_id, seen.queued) for seen in login if seen.alive]
-    except StateError:
-        unknown = True
     head, queued = heads[0] if heads else ("", False)
     report = directory.head_report() if directory is not None else None
     ready = report is not None and report.node_id == head and report.phase == READY

@@ -75,6 +75,7 @@ class UserCluster:
     python: str = sys.executable
     user: str | None = None
     text: str | None = None
+    prefix: list[str] = field(default_factory=list)
     children: list[subprocess.Popen] = field(default_factory=list)
 
     @property
@@ -97,7 +98,7 @@ class UserCluster:
     def run(self, *words, timeout=180, **parts):
         """Run the user's interpreter."""
         return subprocess.run(
-            [self.python, *map(str, words)],
+            [*self.prefix, self.python, *map(str, words)],
             **{
                 "env": self.environ,
                 "text": True,
@@ -124,7 +125,7 @@ class UserCluster:
         """Start `ray` and leave it running."""
         self.write()
         child = subprocess.Popen(
-            [self.python, *RAY[1:], *map(str, words)],
+            [*self.prefix, self.python, *RAY[1:], *map(str, words)],
             **self._as_user(),
             env=self.environ,
             text=True,

@@ -9,7 +9,7 @@ from ray_slurm_provider.agent import network
 from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ray_slurm_provider.agent.spec import AgentSpec
 
@@ -18,6 +18,8 @@ _CHECK_S = 5.0
 _REFUSED_S = 15.0
 # How long a head that cannot be reached at all may keep a worker from starting.
 _UNREACHABLE_S = 20.0
+# How often SLURM is asked about the job of a head that cannot be reached.
+_ASK_S = 15.0
 
 
 class HeadWatch:
@@ -25,10 +27,17 @@ class HeadWatch:
 
     Args:
         spec: The worker.
+        head_ended: Asks SLURM whether the head's job has ended.
+
+    Attributes:
+        known_gone: Whether it is positively gone.
     """
 
-    def __init__(self, spec: AgentSpec) -> None:
+    def __init__(self, spec: AgentSpec, head_ended: Callable[[], bool]) -> None:
+        self.known_gone = False
         self._spec = spec
+        self._head_ended = head_ended
+        self._next_question = 0.0
         self._head_report = ReportPaths(spec.directory).head
         self._next_check = 0.0
         self._refused_since: float | None = None
@@ -45,7 +54,8 @@ class HeadWatch:
             state = "refused" if self._replaced() else self._connection()
             if state == "open":
                 return ""
-            if state == "refused":
+            if state == "refused" or self._ended():
+                self.known_gone = True
                 return f"{head} is gone"
             if signals:
                 return "the job was cancelled while it waited for the head"
@@ -64,11 +74,20 @@ class HeadWatch:
         self._next_check = now + _CHECK_S
         if self._replaced():
             return True
-        if self._connection() != "refused":
+        state = self._connection()
+        if state != "refused":
             self._refused_since = None
-            return False
+            return state != "open" and self._ended()
         self._refused_since = self._refused_since or now
         return now - self._refused_since >= _REFUSED_S
+
+    def _ended(self) -> bool:
+        """Ask SLURM about a head that cannot be reached: its host may be lost."""
+        now = time.monotonic()
+        if now < self._next_question:
+            return False
+        self._next_question = now + _ASK_S
+        return self._head_ended()
 
     def _connection(self) -> str:
         host, port = network.split_address(self._spec.gcs_address)

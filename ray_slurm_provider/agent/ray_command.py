@@ -5,18 +5,19 @@ Flags and variables are those of ray/scripts/scripts.py and ray/autoscaler/v2/in
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, node_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from ray_slurm_provider.agent.spec import AgentSpec
 
@@ -54,6 +55,7 @@ OWN_FLAGS = frozenset(
         "--address",
         "--dashboard-host",
         "--autoscaling-config",
+        "--no-monitor",
         "--node-ip-address",
         "--temp-dir",
         "--min-worker-port",
@@ -82,7 +84,8 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
             *(f"{flag}={ports[name]}" for name, flag in _HEAD_FLAGS.items()),
             # Without a token only this host may see the dashboard: it runs code for whoever asks.
             f"--dashboard-host={address if spec.token_auth else '127.0.0.1'}",
-            f"--autoscaling-config={spec.directory / 'ray_bootstrap_config.yaml'}",
+            # The agent starts it, see `monitor_command`.
+            "--no-monitor",
         ]
     else:
         command.append(f"--address={spec.gcs_address}")
@@ -93,6 +96,25 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
         *(f"{flag}={ports[name]}" for name, flag in _NODE_FLAGS.items()),
         *_worker_ports(spec.worker_ports),
         *spec.ray_start_args,
+    ]
+
+
+def monitor_command(spec: AgentSpec, address: str, gcs_address: str, temp_dir: str, *, v2: bool) -> list[str]:
+    """Return the argument list of Ray's autoscaler (ray/_private/services.py, start_monitor)."""
+    package = importlib.util.find_spec("ray")
+    assert package is not None  # noqa: S101 `ray start` has run
+    parent = Path(next(iter(package.submodule_search_locations or ())))
+    logs = f"{temp_dir}/session_latest/logs"
+    return [
+        sys.executable,
+        "-u",
+        str(parent / "autoscaler" / ("v2" if v2 else "_private") / "monitor.py"),
+        f"--logs-dir={logs}",
+        f"--gcs-address={gcs_address}",
+        f"--stdout-filepath={logs}/monitor.out",
+        f"--stderr-filepath={logs}/monitor.err",
+        f"--autoscaling-config={spec.directory / 'ray_bootstrap_config.yaml'}",
+        f"--monitor-ip={address}",
     ]
 
 

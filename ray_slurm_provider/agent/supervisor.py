@@ -8,6 +8,7 @@ waits for Ray's output, for signals and for time; there are no threads. What it 
 * ``ray start`` or the raylet ended: the job ends at once, for an allocation without a raylet is waste.
 * SIGTERM (scancel, or the end of the time limit): Ray is ended and cleaned up after.
 * SIGUSR1 (SLURM announces the time limit): ``ray start`` gets SIGTERM and moves its work away (drains).
+* on a head, Ray's autoscaler: it is started here, and again when it was killed.
 * on a worker, the head is positively gone: the job ends, and the cluster's other jobs are cancelled, for
   a head that was killed can no longer do that itself.
 * its own socket, on which commands on the node ask it to start a session, to restart Ray, or to end.
@@ -35,9 +36,11 @@ from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent import kernel, network, ports, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
 from ray_slurm_provider.agent.head_watch import HeadWatch
+from ray_slurm_provider.agent.monitor import Monitor
 from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_path
+from ray_slurm_provider.agent.siblings import Siblings
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
-from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of, read_certificate
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
 from ray_slurm_provider.errors import SlurmError, StateError
 from ray_slurm_provider.files import read_json_object, write_atomically
 from ray_slurm_provider.reports import (
@@ -89,7 +92,9 @@ class Supervisor:
         self._report = NodeReport(
             self._node_id, STARTING, host=socket.gethostname(), slurm_node=environ.get("SLURMD_NODENAME", "")
         )
-        self._head = HeadWatch(spec)
+        self._siblings = Siblings(spec, self._node_id, self._slurm)
+        self._head = HeadWatch(spec, self._siblings.head_ended)
+        self._monitor: Monitor | None = None
         self._temp_dir: Path | None = None
         self._reserved: ports.Reservation | None = None
         self._requests: Requests | None = None
@@ -133,6 +138,9 @@ class Supervisor:
         except ValueError as error:
             raise StartError(str(error)) from error
         if not self._spec.is_head and (reason := self._head.why_not_start(self._signals)):
+            if self._head.known_gone:
+                # Nobody else may be left to do that.
+                self._siblings.cancel()
             raise StartError(reason)
         if self._spec.tls:
             tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
@@ -242,7 +250,7 @@ class Supervisor:
             self._end_processes()
             if restarting:
                 # Now that no autoscaler can ask for more.
-                self._cancel_workers()
+                self._siblings.cancel()
             self._give_back()
             self._tail, self._raylet = b"", None
             command, environment = self._prepare()
@@ -270,7 +278,7 @@ class Supervisor:
         assert output is not None  # noqa: S101 stdout=PIPE
         os.set_blocking(output.fileno(), False)
         with selectors.DefaultSelector() as selector:
-            selector.register(output, selectors.EVENT_READ, self._pump)
+            selector.register(output, selectors.EVENT_READ, lambda stream: self._pump(stream, environment))
             selector.register(wakeup, selectors.EVENT_READ, kernel.drain_wakeup)
             if self._requests is not None:
                 selector.register(self._requests.listener, selectors.EVENT_READ, self._requests.serve)
@@ -280,10 +288,15 @@ class Supervisor:
                         selector.unregister(key.fileobj)
                 end = self._reason_to_end()
                 if end is not None:
-                    self._pump(output)
+                    self._pump(output, environment)
                     return end
 
-    def _pump(self, output: object) -> bool:
+    def _monitor_command(self, environment: Mapping[str, str]) -> list[str]:
+        report = self._report
+        v2 = environment[ray_command.V2_VARIABLE] == "1"
+        return ray_command.monitor_command(self._spec, report.address, report.gcs_address, report.temp_dir, v2=v2)
+
+    def _pump(self, output: object, environment: Mapping[str, str]) -> bool:
         """Hand Ray's output on to the job's log; tell whether more can come."""
         try:
             text = os.read(output.fileno(), 65536)  # type: ignore[attr-defined]
@@ -294,15 +307,17 @@ class Supervisor:
             sys.stdout.buffer.flush()
         self._tail = (self._tail + text)[-_TAIL_BYTES:]
         if self._report.phase == STARTING and ray_command.STARTED_MARK in self._tail:
-            self._ready()
+            self._ready(environment)
         return bool(text)
 
-    def _ready(self) -> None:
+    def _ready(self, environment: Mapping[str, str]) -> None:
         assert self._child is not None  # noqa: S101 called from its output
         self._raylet = next((p for p in procfs.descendants(self._child.pid) if p.name == "raylet"), None)
         with contextlib.suppress(FileNotFoundError):
             write_atomically(self._paths.environment(self._node_id), self._shell_environment())
         self._publish(phase=READY, ready_at=time.time())
+        if self._spec.is_head:
+            self._monitor = Monitor(self._monitor_command(environment), environment)
         self._end_turn()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
@@ -325,9 +340,10 @@ class Supervisor:
             # Also after a drain by the autoscaler: `ray start --block` stays when the raylet ended in order.
             return "the raylet ended", 0
         if not self._spec.is_head and self._head.is_gone():
-            self._cancel_workers()
+            self._siblings.cancel()
             return f"the head {self._spec.head} is gone", 0
-        return None
+        trouble = self._monitor.tend() if self._monitor is not None else ""
+        return (trouble, 1) if trouble else None
 
     def _ordered_to_end(self) -> str:
         """Return why to end Ray, when somebody wants that."""
@@ -352,11 +368,11 @@ class Supervisor:
             # Before the end of Ray takes its time: the controller may kill us at any moment now.
             # From the report on, the autoscaler submits nothing more.
             self._publish(phase=ENDED, reason=reason)
-            self._cancel_workers()
+            self._siblings.cancel()
         self._end_processes()
         if self._spec.is_head:
             # What it submitted at the very last.
-            self._cancel_workers()
+            self._siblings.cancel()
         if code and not self._report.ready_at and not read_reason(self._paths.reason(self._node_id)):
             with contextlib.suppress(FileNotFoundError):
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
@@ -365,7 +381,10 @@ class Supervisor:
         self._give_back()
 
     def _end_processes(self) -> None:
-        """End everything below this process, also what it inherited as subreaper."""
+        """End everything below this process, the autoscaler first, also what it inherited as subreaper."""
+        if self._monitor is not None:
+            self._monitor.end()
+            self._monitor = None
         if self._child is not None and self._child.poll() is None:
             self._child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -375,28 +394,8 @@ class Supervisor:
     def clean_up_after_kill(self) -> None:
         """Do in the guard what a killed agent cannot do any more; it ends the processes itself."""
         if self._spec.is_head:
-            self._cancel_workers()
+            self._siblings.cancel()
         sweep_temp_dirs(self._spec.temp_dir)
-
-    def _cancel_workers(self) -> None:
-        """Cancel every job of this head, queued ones too; but not the own one."""
-        head = self._spec.head or self._node_id
-        own = job_id_of(self._node_id)
-        try:
-            doomed = [
-                job.job_id
-                for job in self._slurm.jobs()
-                if job.alive
-                and job.job_id != own
-                and (certificate := read_certificate(job.comment)) is not None
-                and (certificate.cluster, certificate.home, certificate.head)
-                == (self._spec.cluster, self._spec.home, head)
-            ]
-            if doomed:
-                logger.info("cancelling the cluster's jobs %s", " ".join(doomed))
-                self._slurm.cancel(doomed)
-        except SlurmError as error:
-            logger.warning("the cluster's other jobs could not be cancelled: %s", error)
 
     # -- telling others -------------------------------------------------------------------------
 

@@ -82,12 +82,17 @@ def leave_temp_dir(path: Path, node_id: str) -> None:
 
 def sweep_temp_dirs(base: str) -> list[Path]:
     """Remove what killed jobs of this user left on this host; return what was removed."""
-    return _remove_where(_expanded(base), lambda note: not _lives(note))
+    return _removed(dead_temp_dirs(base))
+
+
+def dead_temp_dirs(base: str) -> list[Path]:
+    """Return what killed jobs of this user left on this host."""
+    return _where(_expanded(base), lambda note: not _lives(note))
 
 
 def remove_temp_dirs(slurm_conf: str) -> list[Path]:
     """Remove the directories of all jobs of one SLURM; for the end of a sandbox."""
-    return _remove_where(DEFAULT_BASE, lambda note: note.get("slurm_conf") == slurm_conf)
+    return _removed(_where(DEFAULT_BASE, lambda note: note.get("slurm_conf") == slurm_conf))
 
 
 class StartLock:
@@ -141,8 +146,14 @@ def _notes(path: Path) -> list[dict[str, Any]]:
     return [note for file in (path / _NOTES).glob("*.json") if (note := read_json_object(file)) is not None]
 
 
-def _remove_where(parent: str, condition: Callable[[dict[str, Any]], bool]) -> list[Path]:
-    removed = []
+def _removed(paths: list[Path]) -> list[Path]:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    return paths
+
+
+def _where(parent: str, condition: Callable[[dict[str, Any]], bool]) -> list[Path]:
+    found = []
     for path in Path(parent).glob(f"{_PREFIX}*"):
         try:
             ours = path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()
@@ -150,9 +161,8 @@ def _remove_where(parent: str, condition: Callable[[dict[str, Any]], bool]) -> l
             continue
         notes = _notes(path) if ours else []
         if notes and all(map(condition, notes)):
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
+            found.append(path)
+    return found
 
 
 def _lives(note: dict[str, Any]) -> bool:

@@ -245,7 +245,7 @@ class Sandbox:
         (paths.root / "gres.conf").write_text(render_gres_conf(spec, paths))
         if spec.job_submit:
             paths.job_submit.write_text(spec.job_submit)
-        self._start_munged()
+        self.start_munged()
         nodes = virtual_nodes(spec, base_port)
         if spec.isolated:
             self.machines.up({node.name: node.address for node in nodes})
@@ -256,11 +256,13 @@ class Sandbox:
         if not procfs.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
             raise SandboxError(f"not every node came up: {self._node_states()}")
 
-    def _start_munged(self) -> None:
+    def start_munged(self) -> None:
+        """Start munged; its key is made once."""
         directory = self.paths.root / "munge"
         key = directory / "key"
-        key.touch(mode=0o600)
-        key.write_bytes(secrets.token_bytes(1024))
+        if not key.exists():
+            key.touch(mode=0o600)
+            key.write_bytes(secrets.token_bytes(1024))
         self._daemon(
             "munged",
             f"--socket={self.paths.munge_socket}",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
+from ray._private import services
 from ray.autoscaler import tags
 from ray.autoscaler._private import commands, constants, monitor, updater, util
 from ray.autoscaler._private.providers import MINIMAL_EXTERNAL_CONFIG
@@ -24,6 +25,7 @@ from ray_slurm_provider.agent.ray_command import (
     NODE_NUMBER_RESOURCE,
     OWN_FLAGS,
     STARTED_MARK,
+    monitor_command,
     start_command,
     start_environment,
 )
@@ -54,6 +56,22 @@ def test_our_methods_take_what_ray_gives(name):
     theirs = list(inspect.signature(getattr(NodeProvider, name)).parameters)
     ours = list(inspect.signature(getattr(SlurmNodeProvider, name)).parameters)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("v2", [True, False])
+def test_the_autoscaler_is_started_as_ray_would(monkeypatch, v2):
+    taken = {}
+    monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: taken.update(command=command))
+    config = "/d/c/ray_bootstrap_config.yaml"
+    logs = "/t/session_latest/logs"
+    services.start_monitor(
+        "1.1.1.1:5", logs, f"{logs}/monitor.out", f"{logs}/monitor.err", config, monitor_ip="1.1.1.1", autoscaler_v2=v2
+    )
+    ours = monitor_command(AgentSpec("c", "d", "/d/c"), "1.1.1.1", "1.1.1.1:5", "/t", v2=v2)
+    # Ray says how large a log may grow, and says the default.
+    assert set(taken["command"]) - set(ours) == {"--logging-rotate-bytes=0", "--logging-rotate-backup-count=0"}
+    assert set(ours) <= set(taken["command"])
+    assert Path(ours[2]).exists()
 
 
 def test_ray_asks_for_the_cleanup_at_the_end():

@@ -15,6 +15,7 @@ RAY_RING = {"node_provider", "command_runner", "bootstrap", "ray_contract"}
 # A module may import from its own layer and from those after it.
 LAYERS = [
     {"cli"},
+    {"garbage"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
     {"sandbox.faults"},
     {"preflight", "yaml_schema", "deployment.commands"},
@@ -51,8 +52,9 @@ LAYERS = [
     {"fields"},
     {"launch_records"},
     {"agent.supervisor"},
-    {"agent.head_watch", "agent.ray_command", "agent.temp_dirs", "agent.requests", "agent.canary"},
+    {"agent.head_watch", "agent.ray_command", "agent.temp_dirs", "agent.requests", "agent.canary", "agent.monitor"},
     {"agent.spec", "agent.allocation", "agent.network", "agent.ports", "agent.kernel", "agent.guard", "agent"},
+    {"agent.siblings"},
     {"birth_records"},
     {"birth_certificate", "reports", "slurm.client"},
     {"slurm.parse", "slurm.process"},
@@ -135,8 +137,10 @@ def test_processes_are_started_in_few_places():
             assert module in {
                 "slurm.process",
                 "sandbox.lifecycle",
+                "sandbox.machines",
                 "agent.supervisor",
                 "agent.requests",
+                "agent.monitor",
                 "backends.login_process",
                 "file_sync",
                 "shells",

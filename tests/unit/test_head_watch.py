@@ -36,7 +36,8 @@ def state(monkeypatch):
 @pytest.fixture
 def watch(tmp_path, clock, state):
     (tmp_path / "nodes").mkdir()
-    return HeadWatch(AgentSpec("c", "d", str(tmp_path), head="1-a", gcs_address="10.0.0.1:5"))
+    spec = AgentSpec("c", "d", str(tmp_path), head="1-a", gcs_address="10.0.0.1:5")
+    return HeadWatch(spec, lambda: state.get("job ended", False))
 
 
 def _head_says(tmp_path, node_id, phase):
@@ -46,6 +47,19 @@ def _head_says(tmp_path, node_id, phase):
 def test_a_head_that_answers_is_there(watch):
     assert watch.why_not_start([]) == ""
     assert not watch.is_gone()
+
+
+def test_a_head_that_cannot_be_reached_is_gone_when_slurm_says_so(watch, state, clock):
+    state["state"] = "unreachable"
+    assert not watch.is_gone()
+    state["job ended"] = True
+    clock.advance(6)
+    assert not watch.is_gone()  # SLURM is not asked every time
+    clock.advance(16)
+    assert watch.is_gone()
+    clock.advance(16)
+    assert "is gone" in watch.why_not_start([])
+    assert watch.known_gone
 
 
 def test_one_refusal_is_enough_before_the_start_and_not_later(watch, state, clock):

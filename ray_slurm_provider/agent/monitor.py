@@ -1,0 +1,83 @@
+"""Ray's autoscaler, which Ray calls the monitor: started by the agent, and started again when it is killed.
+
+``ray start`` would end the whole head with it, and every workload. Everything that it knows lives in SLURM, so another
+one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.agent import kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+_FIRST_DELAY_S = 1.0
+_LONGEST_DELAY_S = 60.0
+# One that lived for so long was healthy.
+_HEALTHY_S = 60.0
+_GRACE_S = 2.0
+
+
+class Monitor:
+    """The autoscaler of one head.
+
+    Args:
+        command: Its argument list.
+        environ: Its environment.
+    """
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._command = list(command)
+        self._environ = dict(environ)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._delay_s = 0.0
+        self._next_start = 0.0
+        self._starts = 0
+
+    def tend(self) -> str:
+        """Start it, or start it again when it has ended; return why it never will work, "" when it may."""
+        now = time.monotonic()
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return ""
+            self._child = None
+            if self._starts == 1 and code > 0 and now - self._started < _HEALTHY_S:
+                return f"Ray's autoscaler ended at once with exit code {code}; see monitor.err and monitor.log"
+            self._delay_s = _FIRST_DELAY_S if now - self._started > _HEALTHY_S else self._delay_s * 2 or _FIRST_DELAY_S
+            self._next_start = now + min(self._delay_s, _LONGEST_DELAY_S)
+            logger.warning("Ray's autoscaler ended (%s); another one takes over", _how(code))
+        if now >= self._next_start:
+            self._starts += 1
+            self._started = now
+            self._child = subprocess.Popen(
+                self._command,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=kernel.die_with_parent,  # noqa: PLW1509 this process has no threads
+            )
+        return ""
+
+    def end(self) -> None:
+        """End it: from here on nothing is submitted."""
+        if self._child is None:
+            return
+        self._child.terminate()
+        try:
+            self._child.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        self._child = None
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

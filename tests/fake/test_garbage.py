@@ -1,0 +1,89 @@
+"""What belongs to no living cluster, and what must not be touched."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.garbage import find_garbage, remove_garbage
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
+
+HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
+WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
+
+
+@pytest.fixture(params=["comment", "file"])
+def cluster(request, fake_slurm, tmp_path):
+    """A cluster with a head and two workers; both ways of recognising a job."""
+    settings = SlurmSettings(
+        state_dir=str(tmp_path / "state"), default_python="/usr/bin/python3", birth_record=request.param
+    )
+    login = Cluster("c", settings, fake_slurm.environ)
+    head = login.create_head("head", NodeConfig(), HEAD)
+    environ = {**fake_slurm.environ, "RAY_CLOUD_INSTANCE_ID": head, "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5"}
+    Cluster("c", settings, environ).create_workers("worker", NodeConfig(), WORKER, 2)
+    for number in (1, 2):
+        fake_slurm.change(number, state="RUNNING")
+    return login
+
+
+def _garbage(cluster, tmp_path, later=3600):
+    return find_garbage(cluster.slurm_client(), tmp_path / "state", str(tmp_path), time.time() + later)
+
+
+def test_a_living_cluster_is_no_garbage(cluster, tmp_path):
+    assert not _garbage(cluster, tmp_path)
+
+
+def test_workers_whose_head_is_gone_and_then_the_directory(cluster, fake_slurm, tmp_path):
+    fake_slurm.change(1, state="NODE_FAIL")
+    garbage = _garbage(cluster, tmp_path)
+    assert sorted(garbage.jobs) == ["2", "3"]
+    # With its jobs nothing of the cluster is left.
+    assert [directory.root for directory in garbage.directories] == [cluster.directory.root]
+    assert any("whose head" in line for line in garbage.lines())
+    remove_garbage(cluster.slurm_client(), garbage, str(tmp_path))
+    assert [job["state"] for job in fake_slurm.jobs()] == ["NODE_FAIL", "CANCELLED", "CANCELLED"]
+    assert not cluster.directory.root.exists()
+    assert not _garbage(cluster, tmp_path)
+
+
+def test_workers_of_a_head_that_was_replaced(cluster, fake_slurm, tmp_path):
+    fake_slurm.change(1, state="CANCELLED")
+    cluster.create_head("head", NodeConfig(), HEAD)
+    garbage = _garbage(cluster, tmp_path)
+    assert (sorted(garbage.jobs), garbage.directories) == (["2", "3"], [])
+
+
+def test_a_directory_that_was_made_a_moment_ago_is_left_alone(cluster, fake_slurm, tmp_path):
+    for number in (1, 2, 3):
+        fake_slurm.change(number, state="CANCELLED")
+    assert _garbage(cluster, tmp_path, later=1).directories == []
+    assert len(_garbage(cluster, tmp_path).directories) == 1
+
+
+def test_jobs_without_our_certificate_are_never_touched(cluster, fake_slurm, tmp_path):
+    fake_slurm.change(1, state="FAILED")
+    fake_slurm.change(2, comment="mine", name="ray-c-worker")
+    fake_slurm.change(3, comment="ray-slurm:1:{not json", name="ray-c-worker-abcdef")
+    garbage = _garbage(cluster, tmp_path)
+    assert garbage.jobs == {}
+
+
+def test_directories_that_are_no_clusters_are_left_alone(cluster, tmp_path):
+    precious = tmp_path / "state" / "precious"
+    precious.mkdir()
+    os.utime(precious, (0, 0))
+    assert not _garbage(cluster, tmp_path)
+
+
+@pytest.mark.parametrize("faults", [{"down": ["squeue"]}, {"squeue": ""}, {"squeue": "half"}])
+def test_when_slurm_does_not_answer_nothing_is_garbage(cluster, fake_slurm, tmp_path, faults):
+    fake_slurm.faults(**faults)
+    with pytest.raises(SlurmError):
+        _garbage(cluster, tmp_path)

@@ -1,0 +1,231 @@
+"""A cluster on an isolated sandbox, with a handle on everything that can break."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from support import UserCluster, cluster_config, user_environment, wait_for
+
+from ray_slurm_provider import procfs
+from ray_slurm_provider.birth_certificate import read_certificate
+from ray_slurm_provider.sandbox.faults import controller_fault, node_fault
+from ray_slurm_provider.sandbox.layout import usual_spec
+from ray_slurm_provider.sandbox.lifecycle import Sandbox
+from ray_slurm_provider.sandbox.machines import LOGIN
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.process import SlurmTools
+
+_TOOLS = ("sbatch", "squeue", "scancel", "scontrol", "srun", "sinfo")
+_DRIVER = Path(__file__).with_name("driver.py")
+
+
+class Bed:
+    """An isolated sandbox and tools between it and the cluster that can be told to fail."""
+
+    def __init__(self, nodes=4, **settings):
+        self.parent = Path(tempfile.mkdtemp(prefix="rst-"))
+        self.parent.chmod(0o755)
+        self.box = Sandbox(self.parent / "s")
+        spec = usual_spec(nodes=nodes, cpus=4, memory="8G", isolated=True)
+        self.box.up(spec.model_copy(update={"settings": settings}))
+        self.prefix = self.box.machines.command(LOGIN, [])
+        self.environ = self.box.environment()
+        self.bin = self.parent / "bin"
+        self.bin.mkdir()
+        for tool in _TOOLS:
+            real = shutil.which(tool)
+            trouble = self.bin / f"{tool}.trouble"
+            script = f'#!/bin/bash\nreal() {{ "{real}" "$@"; }}\nif [ -e {trouble} ]; then . {trouble}; fi\nexec {real} "$@"\n'
+            (self.bin / tool).write_text(script)
+            (self.bin / tool).chmod(0o755)
+
+    def down(self):
+        self.box.down()
+        shutil.rmtree(self.parent, ignore_errors=True)
+
+    @property
+    def client(self):
+        """The real tools, whatever happens to the others."""
+        return SlurmClient(SlurmTools(timeout_s=30, environ={**os.environ, **self.environ}, prefix=self.prefix))
+
+    def tell(self, *words, check=True):
+        """Run a command on the login machine as the site's administrator."""
+        done = subprocess.run(
+            [*self.prefix, *map(str, words)],
+            env={**os.environ, **self.environ},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert not check or done.returncode == 0, (words, done.stderr)
+        return done.stdout
+
+    def trouble(self, tool, script):
+        """Have a tool run these shell lines first; None for no trouble."""
+        path = self.bin / f"{tool}.trouble"
+        if script is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.with_suffix(".new").write_text(script + "\n")
+            path.with_suffix(".new").replace(path)
+
+    def controller(self, fault, **options):
+        controller_fault(self.box, fault, **options)
+
+    def node(self, name, fault):
+        node_fault(self.box, name, fault)
+
+    def stop_munge(self):
+        pids = [
+            p
+            for p in procfs.processes()
+            if p.name == "munged" and str(self.box.paths.munge_socket).encode() in p.read("cmdline")
+        ]
+        procfs.end(pids, 5)
+
+    def start_munge(self):
+        self.box.start_munged()
+
+    def heal(self):
+        """Undo every fault that can be undone."""
+        for tool in _TOOLS:
+            self.trouble(tool, None)
+        status = self.box.status()
+        if not status.munged:
+            self.start_munge()
+        with suppress(Exception):
+            self.controller("thaw")
+        if not self.box.status().controller:
+            with suppress(Exception):
+                self.controller("start")
+        for name in status.nodes:
+            with suppress(Exception):
+                self.node(name, "join")
+            with suppress(Exception):
+                self.node(name, "boot")
+
+    def wait_until_healthy(self, timeout_s=90):
+        wait_for(lambda: self.box.status().healthy, timeout_s, f"a healthy SLURM: {self.box.status()}", poll_s=0.5)
+
+    def cluster(self, directory, name="c", *, types=None, slurm=None, state_dir=None, **top):
+        """Make a cluster YAML for this bed."""
+        home = directory / "home"
+        (home / "tmp").mkdir(parents=True, exist_ok=True)
+        worker = {
+            "worker": {
+                "max_workers": 6,
+                "idle_timeout_s": 15,
+                "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G"}},
+            }
+        }
+        config = cluster_config(
+            name,
+            state_dir or directory / "state",
+            types=types or worker,
+            slurm={"slurm_bin": str(self.bin), "command_timeout_s": 5, **(slurm or {})},
+            **top,
+        )
+        return BedCluster(directory, user_environment(self.environ, home), config, prefix=self.prefix, bed=self)
+
+
+class BedCluster(UserCluster):
+    """A cluster on a bed."""
+
+    def __init__(self, *parts, bed, **options):
+        super().__init__(*parts, **options)
+        self.bed = bed
+        self.driver = None
+
+    @property
+    def client(self):
+        return self.bed.client
+
+    def certified(self):
+        """All jobs of this cluster with their certificates, whatever they are called."""
+        pairs = [(job, read_certificate(job.comment)) for job in self.client.jobs()]
+        return [
+            (job, found) for job, found in pairs if found is not None and found.cluster == self.config["cluster_name"]
+        ]
+
+    def alive(self, head=None):
+        """Living jobs: heads, or workers, or both."""
+        return [job for job, found in self.certified() if job.alive and (head is None or head == (not found.head))]
+
+    @property
+    def head_node(self):
+        """The machine of the head."""
+        return self.alive(head=True)[0].nodes
+
+    def start_driver(self, tasks=6, seconds=2.0, pause=1.0):
+        """Start a workload beside the head, without SLURM in between."""
+        progress = self.directory / f"progress-{time.time():.0f}.json"
+        environment = json.loads((self.root / "head.json").read_text())["node_id"]
+        exports = self.root / "nodes" / f"{environment}.env"
+        line = f". {exports}; exec {sys.executable} {_DRIVER} {progress} {tasks} {seconds} {pause}"
+        log = (self.directory / "driver.log").open("a")
+        child = subprocess.Popen(
+            self.bed.box.machines.command(self.head_node, ["bash", "-c", line]),
+            env=self.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        self.driver = Driver(child, progress, self.directory / "driver.log")
+        return self.driver
+
+    def processes_on(self, node, name=None):
+        return [
+            p
+            for p in self.processes()
+            if f"SLURMD_NODENAME={node}".encode() in p.read("environ") and (name is None or p.name == name)
+        ]
+
+    def destroy(self):
+        if self.driver is not None:
+            self.driver.end()
+        self.bed.heal()
+        super().destroy()
+
+
+class Driver:
+    """A workload that runs."""
+
+    def __init__(self, child, progress, log):
+        self.child, self.progress, self.log = child, progress, log
+
+    def waves(self):
+        if not self.progress.exists():
+            return []
+        return [json.loads(line) for line in self.progress.read_text().splitlines()]
+
+    def wait_for_waves(self, more, timeout_s, what="the workload to go on"):
+        """Wait until so many more waves have finished; return the seconds that took."""
+        began, before = time.monotonic(), len(self.waves())
+
+        def went_on():
+            assert self.child.poll() is None, f"the driver ended: {self.log.read_text()[-3000:]}"
+            return len(self.waves()) >= before + more
+
+        wait_for(went_on, timeout_s, what, poll_s=0.5)
+        return time.monotonic() - began
+
+    def finish(self, timeout_s=180):
+        """End the workload after its present wave."""
+        Path(f"{self.progress}.stop").touch()
+        code = self.child.wait(timeout_s)
+        assert code == 0, self.log.read_text()[-3000:]
+
+    def end(self):
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
