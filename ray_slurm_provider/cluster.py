@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, V2_VARIABLE
-from ray_slurm_provider.backends.base import Launch
+from ray_slurm_provider.backends.base import Launch, Sighting
 from ray_slurm_provider.backends.launch_script import canary_script, preview_script
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
@@ -35,7 +35,7 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.launch_control import HOPELESS_S, LaunchControl
-from ray_slurm_provider.nodes import TAG_TYPE, Node, join
+from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED, READY
 from ray_slurm_provider.site_file import rules_in_force
 from ray_slurm_provider.slurm.client import SlurmClient
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
 _RESTART_S = 60.0
+# The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
+_LOST = "LOST"
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
 _NOT_FOR_JOBS = (
@@ -108,7 +110,7 @@ class Cluster:
         self._creating = threading.Lock()
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
-        self._unlisted: set[str] = set()
+        self._unlisted: dict[str, Sighting] = {}
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
 
     def slurm_client(self) -> SlurmClient:
@@ -123,8 +125,8 @@ class Cluster:
     def nodes(self) -> dict[str, Node]:
         """Return the nodes that wait or run, by id.
 
-        A node that was created here is listed once even when it has ended meanwhile: otherwise Ray's
-        autoscaler would wait ten minutes for it to appear.
+        A node that was created here is listed once even when it has ended meanwhile, or when the controller has
+        forgotten it: otherwise Ray's autoscaler would wait ten minutes for it to appear.
 
         Raises:
             SlurmError: Nothing is known now.
@@ -198,14 +200,28 @@ class Cluster:
     # -- changes --------------------------------------------------------------------------------
 
     def create_head(self, node_type: str, config: NodeConfig, tags: Mapping[str, str]) -> str:
-        """Submit the head's job and return its node id."""
+        """Submit the head's job and return its node id; that of another `ray up` which was faster.
+
+        Raises:
+            StateError: Another `ray up` has submitted a head of another configuration.
+        """
         self.directory.prepare()
         if self.settings.tls:
             tls.make_authority(self.directory.tls, self.name)
         self.directory.set_stopping(False)
         environ = job_environment(self._environ)
         self.directory.save_environment(environ)
-        return self._create(self._launch(node_type, config, tags, environ))
+        with self.directory.head_lock():
+            self._forget_listing()
+            present = self.head()
+            if present is None:
+                return self._create(self._launch(node_type, config, tags, environ))
+        if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
+            logger.warning("another `ray up` has submitted the head, %s", present.label)
+            return present.node_id
+        raise StateError(
+            f"another `ray up` has submitted {present.label} with another configuration meanwhile; run `ray up` again"
+        )
 
     def create_workers(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
@@ -301,7 +317,8 @@ class Cluster:
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
         with self._lock:
-            self._unlisted.difference_update(node_ids)
+            for node_id in node_ids:
+                self._unlisted.pop(node_id, None)
         try:
             self._backend.terminate(node_ids)
         finally:
@@ -413,8 +430,9 @@ class Cluster:
             node_id = self._backend.create(launch)
         finally:
             self._forget_listing()
+        lost = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
         with self._lock:
-            self._unlisted.add(node_id)
+            self._unlisted[node_id] = lost
         self.launches.launched(node_id)
         return node_id
 
@@ -424,13 +442,14 @@ class Cluster:
         before = self._listing.nodes
         sightings = self._backend.sightings()
         seen_ids = {seen.node_id for seen in sightings}
+        sightings += [lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids]
         inside = self._environ.get("RAY_SLURM_DIR") == str(self.directory.root)
         if inside and own not in seen_ids:
             raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {own}")
         only_head = own if inside else ""
         diary = self.directory.diary()
         found = join(sightings, diary, self.directory.report, only_head)
-        self._refuse_incomplete(before, seen_ids)
+        self._refuse_incomplete({*before, *self._unlisted}, seen_ids)
         self.launches.take_over(diary.launches)
         for node_id, node in found.items():
             if not node.seen.alive and node_id in before:
@@ -440,11 +459,11 @@ class Cluster:
         if self._is_autoscaler:
             self._withdraw_hopeless(found.values())
         listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
-        self._unlisted.difference_update(listed)
+        self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in listed}
         self._known.update(found)
         self._listing = _Listing(listed, self._clock())
 
-    def _refuse_incomplete(self, before: Mapping[str, Node], seen_ids: set[str]) -> None:
+    def _refuse_incomplete(self, before: Iterable[str], seen_ids: set[str]) -> None:
         """Ask a second time about every node that the answer does not hold: unknown is not gone."""
         for node_id in before:
             if node_id not in seen_ids and self._backend.exists(node_id):

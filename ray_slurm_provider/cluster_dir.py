@@ -27,7 +27,7 @@ import logging
 import os
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 # 1 had no launches.
 _DIARY_VERSION = 2
 _LOCK_TIMEOUT_S = 30.0
+# Longer than sbatch and the search after it may take.
+_HEAD_LOCK_TIMEOUT_S = 180.0
 _BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
@@ -193,6 +195,19 @@ class ClusterDir:
         except OSError as error:
             raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
 
+    @contextmanager
+    def head_lock(self) -> Iterator[None]:
+        """Keep others from submitting a head meanwhile.
+
+        Raises:
+            StateError: Somebody else is at it for too long.
+        """
+        try:
+            with FileLock(self.root / "head.lock", timeout=_HEAD_LOCK_TIMEOUT_S, mode=0o600):
+                yield
+        except Timeout as error:
+            raise StateError(f"another `ray up` of {self.root.name} has been submitting a head for too long") from error
+
     def report(self, node_id: str) -> NodeReport | None:
         """Return what a node says of itself."""
         return read_report(self.reports.report(node_id))
@@ -272,7 +287,8 @@ class ClusterDir:
     def set_stopping(self, stopping: bool) -> None:
         """Begin or end the taking down."""
         if stopping and self.exists:
-            (self.root / "stopping").touch(mode=0o600)
+            with suppress(FileNotFoundError):
+                (self.root / "stopping").touch(mode=0o600)
         if not stopping:
             (self.root / "stopping").unlink(missing_ok=True)
 
@@ -283,8 +299,10 @@ class ClusterDir:
             StateError: Something could not be removed.
         """
         try:
-            if self.exists:
-                shutil.rmtree(self.root)
+            while self.exists:
+                # Another `ray down` may be at it, too.
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(self.root)
         except OSError as error:
             raise StateError(f"{self.root} cannot be removed: {error.strerror or error}") from error
 

@@ -31,7 +31,9 @@ from ray_slurm_provider.errors import LaunchDelayed, SlurmError, SlurmProviderEr
 from ray_slurm_provider.progress import describe
 from ray_slurm_provider.ray_contract import (
     NODE_KIND_HEAD,
+    STATUS_UNINITIALIZED,
     TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
     NodeLaunchException,
     NodeProvider,
@@ -74,6 +76,7 @@ class SlurmNodeProvider(NodeProvider):
         super().__init__(provider_config, cluster_name)
         _drop_config_cache(str(provider_config.get("_config_cache_path") or ""))
         self._torn_down: dict[str, set[str]] = {}
+        self._head_id = ""
         self._told: dict[str, tuple[str, float]] = {}
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
         silence_legacy_warnings()
@@ -87,6 +90,8 @@ class SlurmNodeProvider(NodeProvider):
             node_id
             for node_id, node in self._cluster.nodes().items()
             if all(node.tags.get(name) == value for name, value in tag_filters.items())
+            # Ray looks for the head that it asked for by its first status; another `ray up` may have changed it.
+            or (node_id == self._head_id and tag_filters.get(TAG_RAY_NODE_STATUS) == STATUS_UNINITIALIZED)
         ]
 
     def _require_head(self) -> None:
@@ -244,6 +249,7 @@ class SlurmNodeProvider(NodeProvider):
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
         config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
         node_id = self._cluster.create_head(node_type, config, tags)
+        self._head_id = node_id
         if config.placement == "login_node":
             cli_logger.print("Started the head on this host as {}", node_id)
         else:

@@ -20,6 +20,7 @@ from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.tags import (
     NODE_KIND_HEAD,
+    STATUS_UNINITIALIZED,
     STATUS_UP_TO_DATE,
     TAG_RAY_NODE_KIND,
     TAG_RAY_NODE_STATUS,
@@ -39,6 +40,7 @@ __all__ = [
     "NodeProvider",
     "cli_logger",
     "NODE_KIND_HEAD",
+    "STATUS_UNINITIALIZED",
     "STATUS_UP_TO_DATE",
     "TAG_RAY_NODE_KIND",
     "TAG_RAY_NODE_STATUS",

@@ -20,6 +20,19 @@ from support import UserCluster, cluster_config, user_environment
 from ray_slurm_provider.sandbox.layout import usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
+
+def pytest_addoption(parser):
+    parser.addoption("--all-faults", action="store_true", help="the long fault tests, too (up to an hour)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all-faults"):
+        return
+    long = [item for item in items if item.get_closest_marker("all_faults")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in set(long)]
+
+
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

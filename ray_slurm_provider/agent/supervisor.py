@@ -36,6 +36,7 @@ from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent import kernel, network, ports, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
 from ray_slurm_provider.agent.head_watch import HeadWatch
+from ray_slurm_provider.agent.keeper import DirectoryKeeper, Pace
 from ray_slurm_provider.agent.monitor import Monitor
 from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_path
 from ray_slurm_provider.agent.siblings import Siblings
@@ -68,6 +69,7 @@ _TURN_POLL_S = 0.1
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
+_KEEP_S = 5.0
 _TAIL_BYTES = 8192
 
 
@@ -95,6 +97,9 @@ class Supervisor:
         self._siblings = Siblings(spec, self._node_id, self._slurm)
         self._head = HeadWatch(spec, self._siblings.head_ended)
         self._monitor: Monitor | None = None
+        self._keeper = DirectoryKeeper(spec.directory) if spec.is_head else None
+        self._keeping = Pace(_KEEP_S)
+        self._unpublished = False
         self._temp_dir: Path | None = None
         self._reserved: ports.Reservation | None = None
         self._requests: Requests | None = None
@@ -313,8 +318,7 @@ class Supervisor:
     def _ready(self, environment: Mapping[str, str]) -> None:
         assert self._child is not None  # noqa: S101 called from its output
         self._raylet = next((p for p in procfs.descendants(self._child.pid) if p.name == "raylet"), None)
-        with contextlib.suppress(FileNotFoundError):
-            write_atomically(self._paths.environment(self._node_id), self._shell_environment())
+        self._write_exports()
         self._publish(phase=READY, ready_at=time.time())
         if self._spec.is_head:
             self._monitor = Monitor(self._monitor_command(environment), environment)
@@ -342,6 +346,8 @@ class Supervisor:
         if not self._spec.is_head and self._head.is_gone():
             self._siblings.cancel()
             return f"the head {self._spec.head} is gone", 0
+        if self._keeping.due():
+            self._keep_directory()
         trouble = self._monitor.tend() if self._monitor is not None else ""
         return (trouble, 1) if trouble else None
 
@@ -374,7 +380,7 @@ class Supervisor:
             # What it submitted at the very last.
             self._siblings.cancel()
         if code and not self._report.ready_at and not read_reason(self._paths.reason(self._node_id)):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
         if not self._spec.is_head:
             self._publish(phase=ENDED, reason=reason)
@@ -403,7 +409,30 @@ class Supervisor:
         self._report = replace(self._report, time=time.time(), **changes)
         if self._report.phase == ENDED and self._spec.is_head and self._replaced():
             return
-        write_report(self._paths, self._report, head=self._spec.is_head)
+        try:
+            write_report(self._paths, self._report, head=self._spec.is_head)
+            self._unpublished = False
+        except OSError as error:
+            # A full disk ends no node; what it has to say is tried again.
+            if not self._unpublished:
+                logger.warning("the report of this node cannot be written: %s", error)
+            self._unpublished = True
+
+    def _keep_directory(self) -> None:
+        """Write again what this node has written and what is not there any more."""
+        restored = self._keeper.tend() if self._keeper is not None else False
+        reports = [self._paths.report(self._node_id), *([self._paths.head] if self._spec.is_head else [])]
+        if restored or self._unpublished or not all(path.exists() for path in reports):
+            self._publish()
+        exports = self._paths.environment(self._node_id)
+        if exports.parent.is_dir() and not exports.exists():
+            self._write_exports()
+
+    def _write_exports(self) -> None:
+        try:
+            write_atomically(self._paths.environment(self._node_id), self._shell_environment())
+        except OSError as error:
+            logger.warning("the environment of this node cannot be written: %s", error)
 
     def _replaced(self) -> bool:
         head = read_report(self._paths.head)

@@ -174,6 +174,22 @@ def test_a_job_that_ended_before_it_was_listed_is_listed_once(monitor, fake_slur
     assert monitor.last_seen(worker).tags == WORKER
 
 
+def test_a_job_that_a_crashed_controller_forgot_is_listed_once(monitor, fake_slurm, clock):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    job = worker.partition("-")[0]
+    fake_slurm.change(job, forgotten=True)
+    with pytest.raises(SlurmParseError, match="which the controller knows"):
+        monitor.nodes()
+    fake_slurm.change(job, purged=True)
+    clock.now += 10
+    assert monitor.nodes()[worker].tags == WORKER
+    assert not monitor.nodes()[worker].seen.alive
+    clock.now += 10
+    assert worker not in monitor.nodes()
+    # It was no fault of its type.
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
 def test_a_type_whose_nodes_do_not_come_up_is_tried_again_after_a_pause(monitor, fake_slurm, clock):
     def fail():
         (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)

@@ -165,12 +165,12 @@ class BedCluster(UserCluster):
         """The machine of the head."""
         return self.alive(head=True)[0].nodes
 
-    def start_driver(self, tasks=6, seconds=2.0, pause=1.0):
+    def start_driver(self, tasks=6, seconds=2.0):
         """Start a workload beside the head, without SLURM in between."""
         progress = self.directory / f"progress-{time.time():.0f}.json"
         environment = json.loads((self.root / "head.json").read_text())["node_id"]
         exports = self.root / "nodes" / f"{environment}.env"
-        line = f". {exports}; exec {sys.executable} {_DRIVER} {progress} {tasks} {seconds} {pause}"
+        line = f". {exports}; exec {sys.executable} {_DRIVER} {progress} {tasks} {seconds}"
         log = (self.directory / "driver.log").open("a")
         child = subprocess.Popen(
             self.bed.box.machines.command(self.head_node, ["bash", "-c", line]),
@@ -182,6 +182,15 @@ class BedCluster(UserCluster):
         )
         self.driver = Driver(child, progress, self.directory / "driver.log")
         return self.driver
+
+    def ready_workers(self):
+        """How many workers say that Ray runs on them."""
+        rows = json.loads(self.ray_slurm("nodes", "--json", self.yaml).stdout)
+        return sum(row["ray"] == "up" and row["type"] != "head" for row in rows)
+
+    def access_variables(self):
+        """What a process needs to talk to the head."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.root / "auth_token")}
 
     def processes_on(self, node, name=None):
         return [
@@ -202,26 +211,37 @@ class Driver:
 
     def __init__(self, child, progress, log):
         self.child, self.progress, self.log = child, progress, log
+        self.wanted = 0
+
+    def want(self, more=1):
+        """Have the driver do so many more waves."""
+        self.wanted += more
+        self._say(self.wanted)
+
+    def _say(self, number):
+        path = Path(f"{self.progress}.todo")
+        path.with_suffix(".new").write_text(str(number))
+        path.with_suffix(".new").replace(path)
 
     def waves(self):
         if not self.progress.exists():
             return []
         return [json.loads(line) for line in self.progress.read_text().splitlines()]
 
-    def wait_for_waves(self, more, timeout_s, what="the workload to go on"):
-        """Wait until so many more waves have finished; return the seconds that took."""
-        began, before = time.monotonic(), len(self.waves())
+    def wait_for_wanted(self, timeout_s, what="the workload to finish"):
+        """Wait until every wave that was wanted has finished; return the seconds that took."""
+        began = time.monotonic()
 
         def went_on():
             assert self.child.poll() is None, f"the driver ended: {self.log.read_text()[-3000:]}"
-            return len(self.waves()) >= before + more
+            return len(self.waves()) >= self.wanted
 
         wait_for(went_on, timeout_s, what, poll_s=0.5)
         return time.monotonic() - began
 
     def finish(self, timeout_s=180):
         """End the workload after its present wave."""
-        Path(f"{self.progress}.stop").touch()
+        self._say(-1)
         code = self.child.wait(timeout_s)
         assert code == 0, self.log.read_text()[-3000:]
 

@@ -18,9 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __package__ in {None, ""}:
-    sys.path[:0] = [str(Path(__file__).parents[1])]
-elif __package__ == "tests.faults":
+if __package__ in {None, ""} or __package__ == "tests.faults":
     sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from ray_slurm_provider.birth_certificate import read_certificate
@@ -127,7 +125,10 @@ class Checker:
             del self._since[key]
         for key in present:
             lasts = now - self._since.setdefault(key, now)
-            if lasts >= {"orphan": ORPHAN_S, "forgotten": FORGOTTEN_S, "diary": FORGOTTEN_S}.get(key[0], 0.0) and key not in self._said:
+            if (
+                lasts >= {"orphan": ORPHAN_S, "forgotten": FORGOTTEN_S, "diary": FORGOTTEN_S}.get(key[0], 0.0)
+                and key not in self._said
+            ):
                 self._said.add(key)
                 self.problems.append(f"{time.strftime('%H:%M:%S', time.localtime(now))} {key[0]}: {key[1]}")
 
@@ -139,7 +140,9 @@ class Checker:
     def watch_ray(self, command, environ):
         """Follow Ray's own list of its nodes; a process that ends is started again."""
         while not self._stopped.is_set():
-            child = subprocess.Popen(command(), env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            child = subprocess.Popen(
+                command(), env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
             self._child = child
             for line in child.stdout:
                 self._ray, self._ray_at = json.loads(line), time.time()

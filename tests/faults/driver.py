@@ -1,9 +1,9 @@
 """A workload in waves: each wave has to finish, whatever happens meanwhile.
 
-    python driver.py PROGRESS CPUS SECONDS PAUSE
+    python driver.py PROGRESS CPUS SECONDS
 
-Writes a line of JSON into PROGRESS after each wave, and with each line what Ray says of its nodes. A file PROGRESS.stop
-ends it after the present wave.
+A number in the file PROGRESS.todo says how many waves there shall be, a negative one ends it. A line of JSON is added to
+PROGRESS after each.
 """
 
 import json
@@ -20,16 +20,26 @@ def work(seconds):
     return os.environ.get("SLURM_JOB_ID")
 
 
+def wanted(path):
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
 def main():
-    progress, tasks, seconds, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    progress, tasks, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     ray.init(log_to_driver=False)
     wave = 0
-    while not os.path.exists(progress + ".stop"):
+    while (todo := wanted(progress + ".todo")) >= 0:
+        if wave >= todo:
+            time.sleep(0.1)
+            continue
         wave += 1
         jobs = ray.get([work.remote(seconds) for _ in range(tasks)])
         with open(progress, "a") as file:
             file.write(json.dumps({"time": time.time(), "wave": wave, "jobs": sorted(set(jobs))}) + "\n")
-        time.sleep(pause)
 
 
 main()

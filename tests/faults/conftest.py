@@ -1,0 +1,54 @@
+"""Fixtures of the fault tests."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from faults.bed import Bed
+
+
+@pytest.fixture(scope="session")
+def bed():
+    """An isolated sandbox of four machines; a lost one is noticed after about 11 s."""
+    disk = Path(tempfile.mkdtemp(prefix="rst-disk-"))
+    # Machines see the mounts that were there before them.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", disk], check=True)
+    bed = Bed()
+    bed.small_disk = disk
+    try:
+        yield bed
+    finally:
+        bed.down()
+        subprocess.run(["umount", disk], check=True)
+        disk.rmdir()
+
+
+@pytest.fixture
+def small_disk(bed):
+    """A file system of 8 MB that all machines share."""
+    return bed.small_disk
+
+
+@pytest.fixture
+def healthy_bed(bed):
+    yield bed
+    bed.heal()
+    bed.wait_until_healthy()
+
+
+@pytest.fixture
+def make(healthy_bed, tmp_path):
+    """Make clusters for one test."""
+    made = []
+
+    def make(name="c", **parts):
+        made.append(healthy_bed.cluster(tmp_path / f"of-{len(made)}", name, **parts))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.destroy()
