@@ -34,6 +34,7 @@ class Fault:
         begin: Makes it.
         end: Undoes it.
         lasts_s: How long it lasts in a quick run, seconds.
+        when: What the cluster is doing: ``busy`` with workers, scaling ``up`` from none, or ``down`` again.
         in_ci: Whether it belongs to the part that runs each time.
     """
 
@@ -41,6 +42,7 @@ class Fault:
     begin: Callable[[BedCluster], object]
     end: Callable[[BedCluster], object] = _nothing
     lasts_s: float = 0.0
+    when: str = "busy"
     in_ci: bool = False
 
 
@@ -159,7 +161,10 @@ def no_strangers(cluster):
 _SUBMITS_BUT = 'if [ ! -e {once} ]; then touch {once}; real "$@" >/dev/null; {then}; fi'
 
 FAULTS = [
-    Fault("slurmctld is stopped", *controller("stop", "start"), lasts_s=20, in_ci=True),
+    Fault("slurmctld is stopped", *controller("stop", "start"), lasts_s=20),
+    Fault("slurmctld is stopped (scaling up)", *controller("stop", "start"), lasts_s=20, when="up", in_ci=True),
+    Fault("slurmctld is stopped (scaling down)", *controller("stop", "start"), lasts_s=20, when="down"),
+    Fault("slurmctld crashes (scaling up)", *controller("crash", "start"), lasts_s=8, when="up"),
     Fault("slurmctld hangs", *controller("freeze", "thaw"), lasts_s=15),
     Fault("slurmctld crashes", *controller("crash", "start"), lasts_s=8),
     Fault("munge is down", lambda c: c.bed.stop_munge(), lambda c: c.bed.start_munge(), lasts_s=15, in_ci=True),
@@ -170,11 +175,14 @@ FAULTS = [
         "squeue answers for another cluster", *trouble("squeue", 'real "$@" | head -1; exit 0'), lasts_s=8, in_ci=True
     ),
     Fault("squeue fails", *trouble("squeue", "echo no >&2; exit 1"), lasts_s=8),
-    Fault("sbatch hangs", *trouble("sbatch", "exec sleep 600"), lasts_s=12),
+    Fault("sbatch hangs", *trouble("sbatch", "exec sleep 600"), lasts_s=12, when="up"),
     Fault(
-        "sbatch refuses", *trouble("sbatch", "echo 'sbatch: error: Access/permission denied' >&2; exit 1"), lasts_s=5
+        "sbatch refuses",
+        *trouble("sbatch", "echo 'sbatch: error: Access/permission denied' >&2; exit 1"),
+        lasts_s=12,
+        when="up",
     ),
-    Fault("scancel fails", *trouble("scancel", "echo 'scancel: error: no' >&2; exit 1"), lasts_s=20),
+    Fault("scancel fails", *trouble("scancel", "echo 'scancel: error: no' >&2; exit 1"), lasts_s=20, when="down"),
     Fault(
         "a machine is lost and comes back",
         lambda c: remembered(c, lambda name: c.bed.node(name, "crash")),
@@ -232,17 +240,31 @@ def _remove_directory(path):
 
 
 def apply(fault, cluster, driver, lasts_s=None):
-    """Make a fault while there is work, undo it, and return the seconds until all the work was done."""
+    """Make a fault at its moment, undo it, and return the seconds until all the work was done."""
+
+    def no_worker():
+        return not cluster.alive(head=False)
+
+    if fault.when == "up":
+        wait_for(no_worker, 120, "the end of idle workers")
     driver.want(1)
-    # Workers have to be there, or to be on their way, to be lost.
-    wait_for(lambda: cluster.alive(head=False), 60, "a worker")
+    if fault.when == "busy":
+        # Workers have to be there, or to be on their way, to be lost.
+        wait_for(lambda: not no_worker(), 60, "a worker")
+    if fault.when == "down":
+        driver.wait_for_wanted(120)
     fault.begin(cluster)
     try:
         time.sleep(fault.lasts_s if lasts_s is None else lasts_s)
     finally:
         fault.end(cluster)
-    driver.want(1)
-    return driver.wait_for_wanted(240, f"the workload to recover from: {fault.name}")
+    began = time.monotonic()
+    if fault.when == "down":
+        wait_for(no_worker, 120, f"the end of idle workers after: {fault.name}")
+    else:
+        driver.want(1)
+        driver.wait_for_wanted(240, f"the workload to recover from: {fault.name}")
+    return time.monotonic() - began
 
 
 def monitors(cluster):

@@ -1,0 +1,175 @@
+"""Whatever stands in a file or comes from a tool: no traceback, and never a node that wrongly counts as gone."""
+
+from __future__ import annotations
+
+import json
+import string
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
+from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
+from ray_slurm_provider.birth_records import BirthRecords
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.cluster_dir import ClusterDir, Diary
+from ray_slurm_provider.config import SlurmSettings, read_node_config, read_settings
+from ray_slurm_provider.errors import ConfigError, SlurmError, SlurmParseError, StateError
+from ray_slurm_provider.nodes import TAG_KIND, TAG_TYPE
+from ray_slurm_provider.reports import NodeReport, read_report
+from ray_slurm_provider.slurm import parse
+from ray_slurm_provider.slurm.types import JobState
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_ALIVE = [state.label for state in JobState if state.meaning.value != "ended"]
+_HEADER = "\x1f".join(
+    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]
+)
+_tmp_is_reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def _like(keys):
+    """A mapping with some of these keys, and anything behind them."""
+    return st.dictionaries(st.sampled_from(keys) | st.text(max_size=5), json_values, max_size=len(keys))
+
+
+@given(st.text() | st.binary().map(lambda raw: raw.decode(errors="surrogateescape")))
+def test_a_certificate_may_be_anything(text):
+    for comment in (text, "ray-slurm:1:" + text):
+        found = read_certificate(comment)
+        assert found is None or isinstance(found, BirthCertificate)
+
+
+@given(_like(["c", "d", "t", "h", "g"]))
+def test_a_certificate_may_hold_anything(body):
+    found = read_certificate("ray-slurm:1:" + json.dumps(body))
+    assert found is None or all(isinstance(value, str) for value in found.tags.values())
+
+
+@_tmp_is_reused
+@given(_like([*NodeReport.__dataclass_fields__]) | json_values)
+def test_a_report_may_hold_anything(tmp_path, value):
+    (tmp_path / "report.json").write_text(json.dumps(value))
+    found = read_report(tmp_path / "report.json")
+    if found is not None:
+        assert isinstance(found.gcs_address + found.dashboard_url + found.client_address, str)
+
+
+@_tmp_is_reused
+@given(st.binary())
+def test_a_report_may_be_anything(tmp_path, raw):
+    (tmp_path / "report.json").write_bytes(raw)
+    assert read_report(tmp_path / "report.json") is None
+
+
+@_tmp_is_reused
+@given(st.binary() | (_like(["version", "tags", "launches"]) | json_values).map(lambda v: json.dumps(v).encode()))
+def test_the_diary_may_be_anything(tmp_path, raw):
+    directory = ClusterDir(tmp_path, "c")
+    directory.prepare()
+    (directory.root / "state.json").write_bytes(raw)
+    try:
+        with directory.change_diary() as diary:
+            assert isinstance(diary, Diary)
+            diary.tags["1-a"] = {"x": "y"}
+    except StateError as error:
+        assert "newer" in str(error)
+        assert (directory.root / "state.json").read_bytes() == raw
+    else:
+        assert directory.diary().tags["1-a"] == {"x": "y"}
+
+
+@given(_like([*SlurmSettings.model_fields]) | json_values)
+def test_settings_may_be_anything(section):
+    try:
+        read_settings(section)
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(
+    _like(["sbatch", "env", "setup", "placement", "ray_start_args", "max_queued_jobs", "sbatch_extra"]) | json_values
+)
+def test_a_node_config_may_be_anything(section):
+    try:
+        read_node_config(section, "x")
+    except ConfigError as error:
+        assert str(error)
+
+
+@given(st.text())
+def test_squeue_may_print_anything(text):
+    try:
+        assert isinstance(parse.parse_squeue(text), list)
+    except ValueError as error:
+        assert str(error)
+
+
+class _Controller:
+    """What SLURM really knows, and what squeue makes of it."""
+
+    def __init__(self):
+        self.states = {}
+        self.mutilate = lambda text: text
+
+    def row(self, job_id):
+        tags = {TAG_KIND: "worker", TAG_TYPE: "w"}
+        comment = BirthCertificate("c", self.home, f"tok{int(job_id):03}", "", tags).text()
+        return "\x1f".join([job_id, self.states[job_id], "None", "cpu", "", "1:00", "N/A", "ray-c-w", comment])
+
+    def jobs(self):
+        text = "\n".join([_HEADER, *map(self.row, self.states)]) + "\n"
+        try:
+            return parse.parse_squeue(self.mutilate(text))
+        except ValueError as error:
+            raise SlurmParseError(["squeue"], 0, "", str(error)) from error
+
+    def job_facts(self, job_id):
+        if job_id not in self.states:
+            return {}
+        return {"Comment": self.row(job_id).rpartition("\x1f")[2], "JobName": "ray-c-w"}
+
+
+_mutilations = st.one_of(
+    st.just(lambda text: text),
+    st.integers(0, 3000).map(lambda end: lambda text: text[:end]),
+    st.integers(0, 3000).map(lambda end: lambda text: text[:end] + "\n"),
+    st.tuples(st.integers(0, 2000), st.integers(0, 500)).map(
+        lambda cut: lambda text: text[: cut[0]] + text[sum(cut) :]
+    ),
+    st.tuples(st.integers(0, 2000), st.text(string.printable + "\x1f", max_size=30)).map(
+        lambda put: lambda text: text[: put[0]] + put[1] + text[put[0] :]
+    ),
+    st.integers(0, 6).map(lambda number: lambda text: "".join(text.splitlines(keepends=True)[:number])),
+    st.just(lambda text: ""),
+)
+
+
+@_tmp_is_reused
+@given(st.lists(st.sampled_from(_ALIVE), min_size=1, max_size=5), st.lists(_mutilations, min_size=1, max_size=4))
+def test_no_answer_makes_a_living_node_count_as_gone(tmp_path, states, answers):
+    controller = _Controller()
+    cluster_settings = SlurmSettings(state_dir=str(tmp_path))
+    directory = ClusterDir(tmp_path, "c")
+    controller.home = directory.fingerprint
+    controller.states = {str(number): state for number, state in enumerate(states, 1)}
+    now = [0.0]
+    backend = SlurmJobs(controller, "c", directory.fingerprint, BirthRecords(directory.births))
+    cluster = Cluster("c", cluster_settings, {}, backend, clock=lambda: now[0])
+    living = {f"{job_id}-tok{int(job_id):03}" for job_id in controller.states}
+    assert set(cluster.nodes()) == living
+    for mutilate in answers:
+        controller.mutilate = mutilate
+        now[0] += 10
+        try:
+            found = cluster.nodes()
+        except SlurmError:
+            continue
+        gone = {node_id for node_id in living if node_id not in found or not found[node_id].seen.alive}
+        if gone:
+            pytest.fail(f"{gone} count as gone after {mutilate}")
