@@ -22,11 +22,9 @@ from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.batch_script import log_path
-from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import (
-    HeadFailed,
     LaunchDelayed,
     NodeNotFound,
     SlurmError,
@@ -34,13 +32,12 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
-from ray_slurm_provider.launch_control import HOPELESS_S, LaunchControl
+from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
-from ray_slurm_provider.reports import ENDED, READY
+from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.site_file import rules_in_force
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
-from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -48,13 +45,11 @@ if TYPE_CHECKING:
 
     from ray_slurm_provider.backends.base import NodeBackend
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
-    from ray_slurm_provider.slurm.types import QueuePlace
 
 logger = logging.getLogger(__name__)
 
 _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
-_RESTART_S = 60.0
 # The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
 _LOST = "LOST"
 _INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
@@ -160,16 +155,6 @@ class Cluster:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head), None)
 
-    def queue_places(self) -> dict[str, QueuePlace]:
-        """Return where the cluster's waiting jobs stand in their queues, as far as SLURM tells, by node id."""
-        waiting = [node_id for node_id, node in self.nodes().items() if node.seen.queued]
-        try:
-            queue = self.slurm_client().queue() if waiting else {}
-        except SlurmError:
-            return {}
-        numbers = {node_id: job_id_of(node_id).partition("_")[0] for node_id in waiting}
-        return {node_id: queue[number] for node_id, number in numbers.items() if number in queue}
-
     def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
         """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""
         left = self.directory.min_workers()
@@ -197,6 +182,11 @@ class Cluster:
         lines += [f"  log: {self.log_of(node_id)}"]
         return "\n".join(lines + [f"  | {line}" for line in log_tail(self.log_of(node_id))])
 
+    def forget_listing(self) -> None:
+        """Ask anew at the next question."""
+        with self._lock:
+            self._listing = _Listing(self._listing.nodes)
+
     # -- changes --------------------------------------------------------------------------------
 
     def create_head(self, node_type: str, config: NodeConfig, tags: Mapping[str, str]) -> str:
@@ -212,7 +202,7 @@ class Cluster:
         environ = job_environment(self._environ)
         self.directory.save_environment(environ)
         with self.directory.head_lock():
-            self._forget_listing()
+            self.forget_listing()
             present = self.head()
             if present is None:
                 return self._create(self._launch(node_type, config, tags, environ))
@@ -322,7 +312,7 @@ class Cluster:
         try:
             self._backend.terminate(node_ids)
         finally:
-            self._forget_listing()
+            self.forget_listing()
 
     def set_tags(self, node_id: str, tags: Mapping[str, str]) -> None:
         """Change tags of a node; nothing happens when the cluster's directory is gone."""
@@ -330,64 +320,12 @@ class Cluster:
             return
         with self.directory.change_diary() as diary:
             diary.tags.setdefault(node_id, {}).update(tags)
-        self._forget_listing()
+        self.forget_listing()
 
     def let_head_start(self, node_id: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
         token = node_id.rpartition("-")[2]
         self.directory.let_head_start(token, autoscaler_v2=autoscaler_v2, usage_stats=usage_stats)
-
-    def wait_for_head(
-        self, node_id: str, tell: Callable[[Node], None], poll_s: float = 0.2, ask_s: float = 2.0
-    ) -> Node:
-        """Wait as long as it takes until Ray runs on the head.
-
-        Args:
-            node_id: The head.
-            tell: Called with the node after each question to SLURM.
-            poll_s: Seconds between two looks at its report.
-            ask_s: Seconds between two questions to SLURM.
-
-        Raises:
-            HeadFailed: Its job ended, or would never start and was cancelled; the text says why.
-        """
-        next_question = self._clock()
-        hopeless_since: float | None = None
-        while True:
-            report = self.directory.report(node_id)
-            ready = report is not None and report.phase == READY
-            if ready or self._clock() >= next_question:
-                next_question = self._clock() + ask_s
-                node = self.nodes().get(node_id)
-                if node is None:
-                    raise HeadFailed(self.obituary(node_id))
-                tell(node)
-                if not (node.seen.queued and waits_for_ever(node.seen.reason)):
-                    hopeless_since = None
-                elif hopeless_since is None:
-                    hopeless_since = self._clock()
-                elif self._clock() - hopeless_since >= HOPELESS_S:
-                    self.terminate([node_id])
-                    raise HeadFailed(f"{node.label} was cancelled: {in_words(node.seen.reason)}")
-                if ready and node.ready:
-                    return node
-            time.sleep(poll_s)
-
-    def wait_for_restart(self, before: Node) -> None:
-        """Wait until the report of a head no longer speaks of the Ray that was ended.
-
-        Args:
-            before: The head as it was.
-        """
-        old = before.report.ready_at if before.report is not None else 0.0
-
-        def begun() -> bool:
-            report = self.directory.report(before.node_id)
-            return report is None or report.phase != READY or report.ready_at != old
-
-        if not procfs.wait_until(begun, _RESTART_S):
-            raise HeadFailed(f"{before.label} did not restart Ray in {_RESTART_S:g} s")
-        self._forget_listing()
 
     def clean_up(self) -> None:
         """Wait until every job has left SLURM, and remove the cluster's directory.
@@ -429,7 +367,7 @@ class Cluster:
         try:
             node_id = self._backend.create(launch)
         finally:
-            self._forget_listing()
+            self.forget_listing()
         lost = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
         with self._lock:
             self._unlisted[node_id] = lost
@@ -492,10 +430,6 @@ class Cluster:
             logger.warning("%s", self.obituary(node.node_id))
         else:
             logger.info("job %s ended (%s)", node.node_id, node.seen.state)
-
-    def _forget_listing(self) -> None:
-        with self._lock:
-            self._listing = _Listing(self._listing.nodes)
 
 
 def job_environment(environ: Mapping[str, str]) -> dict[str, str]:

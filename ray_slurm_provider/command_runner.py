@@ -27,7 +27,8 @@ from ray_slurm_provider.command_line import arguments, cluster_yaml, has_option,
 from ray_slurm_provider.errors import HeadFailed
 from ray_slurm_provider.file_sync import SyncOptions, copy, fetch, is_shared, send
 from ray_slurm_provider.forward import Forward, Forwarder
-from ray_slurm_provider.progress import HeadProgress
+from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
+from ray_slurm_provider.progress import HeadProgress, queue_places
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, readable, submitted_words
 from ray_slurm_provider.sessions import STOP_TAIL, on_the_node, submission
 from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
@@ -163,8 +164,8 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if node.ready:
             self._restart(node)
         try:
-            with HeadProgress(self._cluster.log_of(self._node_id), self._cluster.queue_places) as progress:
-                self._cluster.wait_for_head(self._node_id, progress.tell)
+            with HeadProgress(self._cluster.log_of(self._node_id), lambda: queue_places(self._cluster)) as progress:
+                wait_for_head(self._cluster, self._node_id, progress.tell, progress.trouble)
         except HeadFailed as error:
             raise HeadStartError(str(error)) from error
         self._say_what_next()
@@ -176,7 +177,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         code, _ = run(self._shell(), command)
         if code:
             raise HeadStartError("the node agent could not be asked to restart Ray")
-        self._cluster.wait_for_restart(node)
+        wait_for_restart(self._cluster, node)
 
     def _say_what_next(self) -> None:
         report = self._cluster.directory.report(self._node_id)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
+from ray_slurm_provider.progress import queue_places
 from ray_slurm_provider.slurm.reasons import in_words
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class NodeRow:
 def node_rows(cluster: Cluster) -> list[NodeRow]:
     """Return a row for each living node, the head first."""
     nodes = sorted(cluster.nodes().values(), key=lambda node: (not node.is_head, _job_number(node)))
-    places = cluster.queue_places()
+    places = queue_places(cluster)
     return [_row(cluster, node, str(places.get(node.node_id, ""))) for node in nodes]
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ray_slurm_provider.birth_certificate import job_id_of
+from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.slurm.reasons import in_words
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from rich.status import Status
     from typing_extensions import Self
 
+    from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.nodes import Node
     from ray_slurm_provider.slurm.types import QueuePlace
 
@@ -68,13 +71,30 @@ class HeadProgress:
         """Show how the node stands."""
         if node.seen.queued and time.monotonic() - self._asked_at > _ASK_S:
             self._place, self._asked_at = self._places().get(node.node_id), time.monotonic()
-        text = describe(node, self._place)
+        self._show(describe(node, self._place))
+
+    def trouble(self, error: SlurmError) -> None:
+        """Show that SLURM does not answer."""
+        self._show(f"SLURM does not answer, trying again: {error.complaint}")
+
+    def _show(self, text: str) -> None:
         if self._status is not None:
             self._status.update(f"{text} ({time.monotonic() - self._began:.0f} s)")
         now = time.monotonic()
         if self._status is None and (text != self._last or now - self._said_at > _REPEAT_S):
             self._console.print(text, markup=False)
             self._last, self._said_at = text, now
+
+
+def queue_places(cluster: Cluster) -> dict[str, QueuePlace]:
+    """Return where a cluster's waiting jobs stand in their queues, as far as SLURM tells, by node id."""
+    waiting = [node_id for node_id, node in cluster.nodes().items() if node.seen.queued]
+    try:
+        queue = cluster.slurm_client().queue() if waiting else {}
+    except SlurmError:
+        return {}
+    numbers = {node_id: job_id_of(node_id).partition("_")[0] for node_id in waiting}
+    return {node_id: queue[number] for node_id, number in numbers.items() if number in queue}
 
 
 def describe(node: Node, place: QueuePlace | None = None) -> str:

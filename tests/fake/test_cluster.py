@@ -18,6 +18,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.head_wait import wait_for_head
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
@@ -369,7 +370,7 @@ def test_a_head_that_slurm_would_never_start_is_cancelled_and_the_user_told(logi
         clock.now += 3
 
     with pytest.raises(HeadFailed, match=r"BadConstraints \(no node fulfils"):
-        login.wait_for_head(head_id, tell, poll_s=0, ask_s=0)
+        wait_for_head(login, head_id, tell, pytest.fail, poll_s=0, ask_s=0, clock=clock)
     assert fake_slurm.jobs()[0]["state"] == "CANCELLED"
 
 
@@ -486,9 +487,26 @@ def test_waiting_for_a_head_that_ended_tells_why(login, head_id, fake_slurm, clo
     login.nodes()
     clock.now += 10
     with pytest.raises(HeadFailed) as error:
-        login.wait_for_head(head_id, lambda node: None, ask_s=0)
+        wait_for_head(login, head_id, lambda node: None, pytest.fail, ask_s=0)
     for word in ("FAILED", "setup_commands[0] failed", "| last words", str(login.log_of(head_id))):
         assert word in str(error.value)
+
+
+def test_waiting_for_a_head_outlasts_a_controller_that_does_not_answer(login, head_id, fake_slurm, clock):
+    fake_slurm.faults(down=["squeue"])
+    said = []
+
+    def trouble(error):
+        said.append(error.complaint)
+        clock.now += 10
+        if len(said) == 3:
+            fake_slurm.faults()
+            fake_slurm.change(head_id.partition("-")[0], state="RUNNING")
+            write_report(login.directory.reports, NodeReport(head_id, READY, ready_at=1), head=True)
+
+    node = wait_for_head(login, head_id, lambda node: None, trouble, poll_s=0, ask_s=0)
+    assert node.ready
+    assert said == ["squeue: error: Unable to contact slurm controller (connect failure)"] * 3
 
 
 def test_taking_down_removes_the_directory_and_late_jobs(login, head_id, monitor, fake_slurm):

@@ -24,7 +24,7 @@ LAYERS = [
     {"deployment.proposal"},
     {"deployment.survey", "deployment", "canaries"},
     {"canary_findings"},
-    {"bootstrap", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
+    {"bootstrap", "head_wait", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
     {
         "ray_contract",
         "cluster_yaml",
