@@ -153,7 +153,7 @@ class Cluster:
 
     def head(self) -> Node | None:
         """Return the living head, None when there is none."""
-        return next((node for node in self.nodes().values() if node.is_head), None)
+        return next((node for node in self.nodes().values() if node.is_head and node.seen.alive), None)
 
     def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
         """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""
@@ -205,6 +205,8 @@ class Cluster:
             self.forget_listing()
             present = self.head()
             if present is None:
+                # What a head that was lost together with its host has left in the queue.
+                self.terminate(list(self.nodes()))
                 return self._create(self._launch(node_type, config, tags, environ))
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)

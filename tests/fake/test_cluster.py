@@ -428,6 +428,26 @@ def test_workers_of_another_head_are_not_the_autoscalers_business(monitor, fake_
     assert len(monitor.nodes()) == 2
 
 
+def test_a_new_head_ends_what_a_lost_one_left(login, monitor, head_id, fake_slurm, clock):
+    fake_slurm.change(head_id.partition("-")[0], state="RUNNING")
+    monitor.create_workers("worker", CONFIG, WORKER, 1)
+    fake_slurm.change(head_id.partition("-")[0], state="NODE_FAIL")
+    clock.now += 10
+    again = login.create_head("head", CONFIG, HEAD)
+    assert [job["state"] for job in fake_slurm.jobs()] == ["NODE_FAIL", "CANCELLED", "PENDING"]
+    clock.now += 10
+    assert set(login.nodes()) == {again}
+
+
+def test_a_second_ray_up_finds_the_head_of_the_first(login, head_id, fake_slurm, settings, clock):
+    other = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    login.set_tags(head_id, {TAG_STATUS: "waiting-for-ssh"})
+    assert other.create_head("head", CONFIG, HEAD) == head_id
+    assert len(fake_slurm.jobs()) == 1
+    with pytest.raises(StateError, match="with another configuration meanwhile"):
+        other.create_head("head", CONFIG, {**HEAD, "ray-launch-config": "another"})
+
+
 def test_two_clusters_of_one_name_in_two_places_do_not_see_each_other(login, head_id, fake_slurm, tmp_path, clock):
     other = Cluster(
         "c", SlurmSettings(state_dir=str(tmp_path / "elsewhere")), fake_slurm.environ, clock=clock, wall_clock=clock

@@ -56,6 +56,9 @@ def test_workers_whose_head_is_gone_and_then_the_directory(cluster, fake_slurm, 
 def test_workers_of_a_head_that_was_replaced(cluster, fake_slurm, tmp_path):
     fake_slurm.change(1, state="CANCELLED")
     cluster.create_head("head", NodeConfig(), HEAD)
+    # It has ended them; but say that SLURM did not answer then.
+    for number in (2, 3):
+        fake_slurm.change(number, state="PENDING")
     garbage = _garbage(cluster, tmp_path)
     assert (sorted(garbage.jobs), garbage.directories) == (["2", "3"], [])
 

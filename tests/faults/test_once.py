@@ -41,16 +41,18 @@ def _nothing_is_left(cluster, timeout_s=60):
     ],
 )
 def test_a_head_that_is_lost_takes_all_its_jobs_with_it_and_ray_up_begins_anew(make, lost):
-    # One worker runs, two wait for ever: nobody but their siblings can end them.
+    # One worker runs on another host, two wait for long: nobody but that one can end them.
+    options = {"cpus_per_task": 2, "mem": "1G", "exclude": "c1"}
     types = {
-        **_types(min_workers=1, max_workers=1),
+        **_types(min_workers=1, max_workers=1, node_config={"sbatch": options}),
         "later": {
             "min_workers": 2,
             "max_workers": 2,
             "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}},
         },
     }
-    cluster = make("lost", types=types)
+    head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "nodelist": "c1"}}}
+    cluster = make("lost", types=types, head=head)
     cluster.up()
     wait_for(lambda: len(cluster.alive(head=False)) == 3, 60, "three workers")
     wait_for(lambda: any(not job.queued for job in cluster.alive(head=False)), 60, "a worker that runs")
@@ -73,6 +75,27 @@ def test_a_head_that_is_lost_takes_all_its_jobs_with_it_and_ray_up_begins_anew(m
     cluster.up()
     wait_for(lambda: len(cluster.alive(head=False)) == 3, 60, "new workers")
     assert len(cluster.alive(head=True)) == 1
+    cluster.down()
+    _nothing_is_left(cluster)
+
+
+def test_what_a_lost_head_left_in_the_queue_goes_with_the_next_ray_up(make):
+    later = {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}}
+    cluster = make("alone", types={"later": {"min_workers": 2, "max_workers": 2, "node_config": later}})
+    cluster.up()
+    wait_for(lambda: len(cluster.alive(head=False)) == 2, 60, "two workers that wait")
+    left = {job.job_id for job in cluster.alive(head=False)}
+    name = cluster.head_node
+    cluster.bed.node(name, "crash")
+    wait_for(lambda: not cluster.alive(head=True), 60, "the head's end")
+    # Nobody is left to end them.
+    listed = cluster.ray_slurm("gc", "--state-dir", cluster.config["provider"]["slurm"]["state_dir"]).stdout
+    assert all(f"job {job_id}: " in listed for job_id in left)
+    cluster.bed.node(name, "boot")
+    cluster.bed.wait_until_healthy()
+    cluster.up()
+    wait_for(lambda: len(cluster.alive(head=False)) == 2, 60, "new ones")
+    assert not left & {job.job_id for job in cluster.alive()}
     cluster.down()
     _nothing_is_left(cluster)
 
