@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,7 +171,7 @@ class BedCluster(UserCluster):
         progress = self.directory / f"progress-{time.time():.0f}.json"
         environment = json.loads((self.root / "head.json").read_text())["node_id"]
         exports = self.root / "nodes" / f"{environment}.env"
-        line = f". {exports}; exec {sys.executable} {_DRIVER} {progress} {tasks} {seconds}"
+        line = f". {shlex.quote(str(exports))}; exec {sys.executable} {_DRIVER} {progress} {tasks} {seconds}"
         log = (self.directory / "driver.log").open("a")
         child = subprocess.Popen(
             self.bed.box.machines.command(self.head_node, ["bash", "-c", line]),

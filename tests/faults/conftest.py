@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,21 +16,26 @@ from faults.bed import Bed
 def bed():
     """An isolated sandbox of four machines; a lost one is noticed after about 11 s."""
     disk = Path(tempfile.mkdtemp(prefix="rst-disk-"))
-    # Machines see the mounts that were there before them.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", disk], check=True)
-    bed = Bed()
+    if os.geteuid() == 0:
+        # Machines see the mounts that were there before them.
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", disk], check=True)
+    # SLURM as it is without further settings: it takes jobs that it would never start.
+    bed = Bed(EnforcePartLimits="NO")
     bed.small_disk = disk
     try:
         yield bed
     finally:
         bed.down()
-        subprocess.run(["umount", disk], check=True)
+        if os.geteuid() == 0:
+            subprocess.run(["umount", disk], check=True)
         disk.rmdir()
 
 
 @pytest.fixture
 def small_disk(bed):
     """A file system of 8 MB that all machines share."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount it")
     return bed.small_disk
 
 

@@ -33,7 +33,7 @@ def run(minutes, seed, figures=None):
     chance = random.Random(seed)
     print(f"seed {seed}", flush=True)
     place = Path(tempfile.mkdtemp(prefix="rst-faults-"))
-    bed = Bed()
+    bed = Bed(EnforcePartLimits="NO")
     types = {
         "worker": {
             "max_workers": WORKERS,

@@ -19,12 +19,17 @@ from ray_slurm_provider import procfs
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
 
+HEAD_ON_C1 = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "nodelist": "c1"}}}
+
+
 def _types(**options):
     worker = {"max_workers": 3, "idle_timeout_s": 10, "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G"}}}
     return {"worker": {**worker, **options}}
 
 
 def _nothing_is_left(cluster, timeout_s=60):
+    if cluster.driver is not None:
+        cluster.driver.end()
     wait_for(lambda: not cluster.alive(), timeout_s, f"the end of every job: {cluster.alive()}")
     cluster.wait_until_no_process_is_left(30)
 
@@ -51,8 +56,7 @@ def test_a_head_that_is_lost_takes_all_its_jobs_with_it_and_ray_up_begins_anew(m
             "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}},
         },
     }
-    head = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "nodelist": "c1"}}}
-    cluster = make("lost", types=types, head=head)
+    cluster = make("lost", types=types, head=HEAD_ON_C1)
     cluster.up()
     wait_for(lambda: len(cluster.alive(head=False)) == 3, 60, "three workers")
     wait_for(lambda: any(not job.queued for job in cluster.alive(head=False)), 60, "a worker that runs")
@@ -242,10 +246,11 @@ def test_odd_names_and_strangers(make, tmp_path):
 
 
 def test_what_is_left_over_is_found_and_removed(make):
-    cluster = make("left", types=_types(min_workers=1))
+    options = {"cpus_per_task": 2, "mem": "1G", "exclude": "c1"}
+    cluster = make("left", types=_types(min_workers=1, node_config={"sbatch": options}), head=HEAD_ON_C1)
     cluster.up()
     state = cluster.config["provider"]["slurm"]["state_dir"]
-    wait_for(lambda: cluster.alive(head=False), 60, "a worker")
+    wait_for(lambda: cluster.ready_workers() == 1, 90, "a worker")
     cluster.bed.tell("sbatch", "-H", "-J", "ray-left-worker", "-o", "/dev/null", "--wrap", "true")
     line = cluster.ray_slurm("gc", "--state-dir", state).stdout
     assert line == "nothing is left over\n"
@@ -297,5 +302,77 @@ def test_a_type_that_fails_pauses_and_is_resumed(make, tmp_path):
     assert cluster.ray_slurm("resume", cluster.yaml, "worker").stdout == "resumed: worker\n"
     driver.wait_for_wanted(60, "the workload")
     driver.finish()
+    cluster.down()
+    _nothing_is_left(cluster)
+
+
+def test_what_slurm_would_never_start_is_told_and_withdrawn(make):
+    options = {"cpus_per_task": 2, "mem": "1G"}
+    types = {
+        "long": {"min_workers": 1, "max_workers": 1, "node_config": {"sbatch": {**options, "time": "30-00:00:00"}}},
+        "fourth": {
+            "min_workers": 1,
+            "max_workers": 1,
+            "node_config": {"sbatch": {**options, "constraint": "c4", "begin": "now+20"}},
+        },
+    }
+    cluster = make("never", types=types)
+    cluster.up()
+    wait_for(lambda: len(cluster.certified()) >= 3, 60, "two workers")
+    # The nodes of a type leave the partition while its job waits.
+    cluster.bed.tell("scontrol", "update", "PartitionName=cpu", "Nodes=c1,c2,c3")
+    try:
+
+        def told(*words):
+            text = cluster.ray_slurm("nodes", cluster.yaml).stdout
+            return all(word in text for word in words)
+
+        wait_for(
+            lambda: told("PartitionTimeLimit (its time is more", "never start a job of type long"), 60, "the reason"
+        )
+        wait_for(lambda: told("BadConstraints (no node fulfils", "never start a job of type fourth"), 90, "the other")
+        log = cluster.head_monitor_log().read_text()
+        assert (
+            "waits in vain: PartitionTimeLimit (its time is more than the partition allows; it will never start)" in log
+        )
+        status = cluster.ray("exec", cluster.yaml, "ray status").stdout
+        failures = status.partition("Recent failures:")[2]
+        assert "long: LaunchFailed" in failures
+        assert "fourth: LaunchFailed" in failures
+    finally:
+        cluster.bed.tell("scontrol", "update", "PartitionName=cpu", "Nodes=c1,c2,c3,c4")
+    # The site has mended it: the next try succeeds, without hands.
+    wait_for(lambda: cluster.ready_workers() == 1, 150, "a worker of the fourth machine", poll_s=1)
+    cluster.down()
+    _nothing_is_left(cluster)
+
+
+def test_a_head_that_slurm_would_never_start_ends_ray_up(make):
+    head = {
+        "resources": {"CPU": 0},
+        "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "time": "30-00:00:00"}},
+    }
+    cluster = make("never", types=_types(), head=head)
+    done = cluster.up(check=False)
+    assert done.returncode == 1
+    text = done.stdout + done.stderr
+    assert "was cancelled: PartitionTimeLimit (its time is more than the partition allows; it will never start)" in text
+    assert "Traceback" not in text
+    assert not cluster.alive()
+
+
+def test_a_queued_job_is_withdrawn_when_nobody_needs_it_any_more_and_not_before(make):
+    later = {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}}
+    cluster = make("needed", types={"later": {"max_workers": 2, "node_config": later}}, slurm={"withdraw_after_s": 5})
+    cluster.up()
+    driver = cluster.start_driver(tasks=1, seconds=1)
+    driver.want()
+    (job,) = wait_for(lambda: cluster.alive(head=False), 60, "the job")
+    time.sleep(15)
+    assert [found.job_id for found in cluster.alive(head=False)] == [job.job_id]
+    text = cluster.ray_slurm("nodes", cluster.yaml).stdout
+    assert "BeginTime (its begin time is not reached" in " ".join(text.split())
+    driver.end()
+    wait_for(lambda: not cluster.alive(head=False), 60, "its end")
     cluster.down()
     _nothing_is_left(cluster)
