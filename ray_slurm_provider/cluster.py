@@ -25,6 +25,7 @@ from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import (
+    ConfigError,
     LaunchDelayed,
     NodeNotFound,
     SlurmError,
@@ -32,6 +33,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED
@@ -106,6 +108,7 @@ class Cluster:
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
         self._unlisted: dict[str, Sighting] = {}
+        self._held = HeldLaunches(clock)
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
 
     def slurm_client(self) -> SlurmClient:
@@ -218,10 +221,48 @@ class Cluster:
     def create_workers(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
 
+        What cannot be submitted now is held, see `held_launches`, when Ray knows why.
+
         Raises:
             StateError: The cluster is being taken down, or this is not a head's job.
+            SlurmUnavailable: SLURM does not answer.
             LaunchDelayed: Nodes of this type failed too often, or as many wait in the queue as may.
+            SubmitRejected: SLURM does not take them.
+            ConfigError: The site does not allow them.
         """
+        self._refuse_at_the_end()
+        made: list[str] = []
+        try:
+            self._launch_workers(node_type, config, tags, count, made)
+        except (LaunchDelayed, SubmitRejected, ConfigError) as error:
+            # The old autoscaler keeps no rows, and asks again.
+            if self._environ.get(V2_VARIABLE) != "1" or self._held.is_news(node_type, error):
+                raise
+            self._held.hold(node_type, config, tags, count - len(made))
+        else:
+            self._held.launched(node_type)
+        return made
+
+    def launch_held(self) -> None:
+        """Launch what was asked for before and could not be launched then."""
+        waiting = self._held.take()
+        if waiting:
+            try:
+                self._refuse_at_the_end()
+            except StateError:
+                return
+        for held in waiting:
+            made: list[str] = []
+            try:
+                self._launch_workers(held.node_type, held.config, held.tags, held.count, made)
+            except (LaunchDelayed, SubmitRejected, ConfigError, SlurmError):
+                held.count -= len(made)
+                self._held.put_back(held)
+            else:
+                self._held.launched(held.node_type)
+
+    def _refuse_at_the_end(self) -> None:
+        """Raise `StateError` when nothing may be submitted any more, or not by this process."""
         if self.directory.stopping:
             raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
         if not (self._environ.get(_INSTANCE_VARIABLE) and self._environ.get(GCS_ADDRESS_VARIABLE)):
@@ -229,17 +270,21 @@ class Cluster:
         report = self.directory.report(self._environ[_INSTANCE_VARIABLE])
         if report is not None and report.phase == ENDED:
             raise StateError(f"the head {report.node_id} is ending; nothing is submitted")
+
+    def _launch_workers(
+        self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]
+    ) -> None:
+        """Submit jobs, as many as may be; add their nodes to a list."""
         self.launches.check(node_type)
         with self._creating:
             fitting, limit = self._fitting(node_type, config, count)
-            made = self._submit(node_type, config, tags, fitting)
+            self._submit(node_type, config, tags, fitting, made)
         if fitting < count:
             raise LaunchDelayed(
                 "slurm-queue-full",
                 f"{count - fitting} jobs of type {node_type} have to wait: no more than {limit} may be in the queue"
                 " (max_queued_jobs)",
             )
-        return made
 
     def _fitting(self, node_type: str, config: NodeConfig, count: int) -> tuple[int, str]:
         """Return how many of some jobs may be put into the queue now, and by which limit."""
@@ -255,7 +300,7 @@ class Cluster:
                 fitting, by = max(0, limit - queued), name
         return fitting, by
 
-    def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
+    def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]) -> None:
         rules = rules_in_force(self.settings)
         if rules is not None and count:
             in_slurm = [node_id for node_id in self.nodes() if not node_id.startswith(LOGIN_PREFIX)]
@@ -270,7 +315,7 @@ class Cluster:
             avoid=self.launches.avoided(),
         )
         try:
-            return [self._create_worker(launch) for _ in range(count)]
+            made.extend(self._create_worker(launch) for _ in range(count))
         except SubmitRejected as error:
             self.launches.rejected(node_type, error)
             raise

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 class SlurmProviderError(Exception):
     """Root of everything this package raises on purpose."""
 
+    @property
+    def launch_category(self) -> str:
+        """Return a word for Ray, of at most 19 characters (NodeLaunchException), when it hinders a launch."""
+        return "slurm-provider"
+
 
 class ConfigError(SlurmProviderError):
     """A mistake in the cluster YAML.
@@ -93,6 +98,11 @@ class SlurmError(SlurmProviderError):
         super().__init__(self._message())
 
     @property
+    def launch_category(self) -> str:
+        """Return a word for Ray."""
+        return "slurm-unavailable"
+
+    @property
     def complaint(self) -> str:
         """Return what the tool complained about as one line: the site's own plugins speak first, SLURM last."""
         return "; ".join(line.strip() for line in self.stderr.splitlines() if line.strip()) or str(self)
@@ -129,6 +139,11 @@ class SubmitRejected(SlurmError):
         super().__init__(argv, returncode, stdout, stderr)
 
     @property
+    def launch_category(self) -> str:
+        """Return a word for Ray, with SLURM's reason in it."""
+        return f"slurm-{self.category}"[:19]
+
+    @property
     def not_now(self) -> bool:
         """Whether SLURM may take the same job a little later: there are too many in the queue."""
         return self.category == "limit"
@@ -142,13 +157,18 @@ class LaunchDelayed(SlurmProviderError):
     """Nothing of a node type is submitted now.
 
     Args:
-        category: A word for the reason, at most 19 characters (as in `SubmitRejected`).
+        category: A word for the reason, at most 19 characters.
         reason: Why, and what ends it.
     """
 
     def __init__(self, category: str, reason: str) -> None:
         self.category = category
         super().__init__(reason)
+
+    @property
+    def launch_category(self) -> str:
+        """Return a word for Ray."""
+        return self.category
 
 
 class StateError(SlurmProviderError):

@@ -81,8 +81,7 @@ class LaunchControl:
         if error.not_now:
             self._change(lambda records: records.not_now(node_type, error.complaint, now))
         else:
-            category = f"slurm-{error.category}"[:19]
-            self._change(lambda records: records.refused(node_type, error.complaint, now, category))
+            self._change(lambda records: records.refused(node_type, error.complaint, now, error.launch_category))
 
     def ready(self, node: Node) -> None:
         """Note that Ray runs on a node; when it has for a while, its type and its host are forgiven."""

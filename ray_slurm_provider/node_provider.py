@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.command_line import has_option, ray_command
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import read_node_config, read_settings
-from ray_slurm_provider.errors import LaunchDelayed, SlurmError, SlurmProviderError, SubmitRejected
+from ray_slurm_provider.errors import SlurmProviderError
 from ray_slurm_provider.progress import describe
 from ray_slurm_provider.ray_contract import (
     NODE_KIND_HEAD,
@@ -44,7 +43,6 @@ from ray_slurm_provider.ray_contract import (
 
 logger = logging.getLogger(__name__)
 
-_TELL_AGAIN_S = 300.0
 # Ray's commands that end in a traceback without a head that is up; click takes both spellings.
 _FOR_A_RUNNING_HEAD = frozenset(
     {
@@ -77,7 +75,6 @@ class SlurmNodeProvider(NodeProvider):
         _drop_config_cache(str(provider_config.get("_config_cache_path") or ""))
         self._torn_down: dict[str, set[str]] = {}
         self._head_id = ""
-        self._told: dict[str, tuple[str, float]] = {}
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
         silence_legacy_warnings()
 
@@ -86,6 +83,7 @@ class SlurmNodeProvider(NodeProvider):
         """Return the ids of the nodes that wait or run and have these tags."""
         if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and ray_command() in _FOR_A_RUNNING_HEAD:
             self._require_head()
+        self._cluster.launch_held()
         return [
             node_id
             for node_id, node in self._cluster.nodes().items()
@@ -261,14 +259,8 @@ class SlurmNodeProvider(NodeProvider):
             config = read_node_config(node_config, f"available_node_types.{node_type}.node_config")
             self._cluster.create_workers(node_type, config, tags, count)
         except SlurmProviderError as error:
-            category = _category(error)
-            told = self._told.get(node_type)
-            if told is None or told[0] != category or time.monotonic() - told[1] > _TELL_AGAIN_S:
-                # Ray asks again in each of its rounds.
-                self._told[node_type] = (category, time.monotonic())
-                logger.error("could not submit %d jobs of type %s: %s", count, node_type, error)  # noqa: TRY400 the text says it
-            raise NodeLaunchException(category, str(error), None) from error
-        self._told.pop(node_type, None)
+            logger.error("could not submit %d jobs of type %s: %s", count, node_type, error)  # noqa: TRY400 the text says it
+            raise NodeLaunchException(error.launch_category, str(error), None) from error
 
 
 def _drop_config_cache(path: str) -> None:
@@ -291,12 +283,3 @@ def _drop_config_cache(path: str) -> None:
             f"Ray took the configuration from {path}, which another user has written\n"
             "  set TMPDIR to a directory of your own and try again"
         )
-
-
-def _category(error: SlurmProviderError) -> str:
-    """Return a word of less than 20 characters, as NodeLaunchException wants it."""
-    if isinstance(error, LaunchDelayed):
-        return error.category
-    if isinstance(error, SubmitRejected):
-        return f"slurm-{error.category}"[:19]
-    return "slurm-unavailable" if isinstance(error, SlurmError) else "slurm-provider"

@@ -27,6 +27,8 @@ STARTED_MARK = b"Ray runtime started."
 _ONE_YEAR_S = "31536000"
 # How many jobs Ray asks for in one round; its own default of 5 would make a large cluster start slowly.
 _LAUNCH_BATCH = "100"
+# How many it may wait for; those of a type that may not be launched now shall not keep other types waiting.
+_LAUNCHES = "1000"
 # What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
 TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
@@ -158,7 +160,7 @@ def start_environment(
         "RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S": str(spec.withdraw_after_s),
         "AUTOSCALER_UPDATE_INTERVAL_S": str(spec.update_interval_s),
         "AUTOSCALER_MAX_LAUNCH_BATCH": _LAUNCH_BATCH,
-        "AUTOSCALER_MAX_CONCURRENT_LAUNCHES": _LAUNCH_BATCH,
+        "AUTOSCALER_MAX_CONCURRENT_LAUNCHES": _LAUNCHES,
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]) if spec.metrics else _NO_METRICS,
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]) if spec.metrics else _NO_METRICS,
     }

@@ -37,7 +37,7 @@ LAYERS = [
         "sandbox",
     },
     {"access", "cluster", "shells"},
-    {"launch_control"},
+    {"launch_control", "held_launches"},
     {"nodes"},
     {"backends.places"},
     {"backends.slurm_jobs", "backends.login_process"},

@@ -1,0 +1,169 @@
+"""Launches that are not possible yet, as Ray's autoscaler v2 asks for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
+
+HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
+WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
+CONFIG = NodeConfig()
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def login(fake_slurm, tmp_path, clock):
+    settings = SlurmSettings(state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3")
+    return Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+
+
+@pytest.fixture
+def make_monitor(login, fake_slurm, clock):
+    head_id = login.create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="RUNNING")
+
+    def make(**settings):
+        environ = {
+            **fake_slurm.environ,
+            "RAY_CLOUD_INSTANCE_ID": head_id,
+            "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
+            "RAY_enable_autoscaler_v2": "1",
+        }
+        return Cluster("c", login.settings.model_copy(update=settings), environ, clock=clock, wall_clock=clock)
+
+    return make
+
+
+def _create(monitor, count=1):
+    return monitor.create_workers("worker", CONFIG, WORKER, count)
+
+
+def test_ray_hears_of_a_reason_once_and_what_it_asks_for_then_is_launched_later(make_monitor, fake_slurm, clock):
+    monitor = make_monitor()
+    fake_slurm.faults(refuse="Invalid partition name specified")
+    with pytest.raises(SubmitRejected):
+        _create(monitor, 2)
+    for _ in range(3):
+        assert _create(monitor, 2) == []
+        clock.now += 5
+        monitor.launch_held()
+    # Another reason is news again, when the time for the next try has come.
+    fake_slurm.faults(refuse="Invalid account or account/partition combination specified")
+    clock.now += 60
+    with pytest.raises(SubmitRejected):
+        _create(monitor, 1)
+    fake_slurm.faults()
+    clock.now += 60
+    monitor.launch_held()
+    # What failed, Ray asks for again by itself; what was held, it does not.
+    assert len(monitor.nodes()) == 1 + 6
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 7
+
+
+def test_a_full_queue_is_no_failure_and_is_filled_up_as_jobs_start(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=3)
+    assert len(_create(monitor, 5)) == 3
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 4
+    fake_slurm.change(2, state="RUNNING")
+    clock.now += 2
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 5
+    for number in (3, 4):
+        fake_slurm.change(number, state="RUNNING")
+    clock.now += 2
+    monitor.launch_held()
+    clock.now += 2
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 6
+
+
+def test_slurms_own_limit_is_no_failure_either(make_monitor, fake_slurm, clock):
+    monitor = make_monitor()
+    fake_slurm.faults(refuse="AssocMaxSubmitJobLimit\nJob violates accounting/QOS policy")
+    assert _create(monitor, 2) == []
+    asked = fake_slurm.calls("sbatch")
+    for _ in range(10):
+        clock.now += 1
+        monitor.launch_held()
+    assert fake_slurm.calls("sbatch") == asked
+    fake_slurm.faults()
+    clock.now += 15
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 3
+
+
+def test_what_ray_asks_for_anew_is_not_launched_twice(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=1)
+    assert len(_create(monitor, 2)) == 1
+    clock.now += 600  # Ray's patience
+    assert _create(monitor, 1) == []
+    fake_slurm.change(2, state="RUNNING")
+    clock.now += 2
+    for _ in range(3):
+        monitor.launch_held()
+        clock.now += 2
+    assert len(fake_slurm.jobs()) == 3
+
+
+def test_nothing_is_launched_any_more_when_the_cluster_goes_down(make_monitor, login, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=1)
+    _create(monitor, 3)
+    login.nodes()
+    login.terminate(list(login.nodes()))
+    clock.now += 2
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 2
+    assert {job["state"] for job in fake_slurm.jobs()} == {"CANCELLED"}
+
+
+def test_a_controller_that_is_away_keeps_what_is_held(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=1)
+    _create(monitor, 2)
+    fake_slurm.change(2, state="RUNNING")
+    clock.now += 2
+    fake_slurm.faults(down=["sbatch"])
+    monitor.launch_held()
+    with pytest.raises((SlurmUnavailable, LaunchDelayed)):
+        _create(monitor, 1)
+    fake_slurm.faults()
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == 3
+
+
+def test_a_pause_that_is_lifted_launches_at_once_what_waited(make_monitor, login, fake_slurm, clock):
+    monitor = make_monitor(pause_after_failures=3)
+    for _ in range(3):
+        clock.now += 700
+        (worker,) = _create(monitor)
+        monitor.nodes()
+        fake_slurm.change(worker.partition("-")[0], state="FAILED")
+        for _ in range(2):
+            clock.now += 2
+            monitor.nodes()
+    with pytest.raises(LaunchDelayed) as error:
+        _create(monitor)
+    assert error.value.launch_category == "slurm-paused"
+    assert _create(monitor, 4) == []
+    assert login.launches.resume() == ["worker"]
+    before = len(fake_slurm.jobs())
+    clock.now += 2
+    monitor.nodes()
+    monitor.launch_held()
+    assert len(fake_slurm.jobs()) == before + 4
