@@ -13,8 +13,7 @@ from rich.table import Table
 
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
-from ray_slurm_provider.progress import queue_places
-from ray_slurm_provider.slurm.reasons import in_words
+from ray_slurm_provider.progress import queue_places, waits_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.clusters import ClusterRow
     from ray_slurm_provider.nodes import Node
+    from ray_slurm_provider.slurm.types import QueuePlace
 
 _WATCH_S = 2.0
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -36,8 +36,8 @@ class NodeRow:
         type: Ray node type.
         state: SLURM's state of the job.
         ray: Whether Ray is up there.
-        reason: SLURM's reason while it waits, in plain words.
-        queue: Its place in the queue while it waits, as far as SLURM tells.
+        reason: SLURM's reason while it waits.
+        waits_for: That in plain words, with its place in the queue and its expected start, as far as SLURM tells.
         host: SLURM node.
         address: Address that Ray uses.
         time_left: Until the time limit.
@@ -50,7 +50,7 @@ class NodeRow:
     state: str
     ray: str
     reason: str
-    queue: str
+    waits_for: str
     host: str
     address: str
     time_left: str
@@ -62,11 +62,11 @@ def node_rows(cluster: Cluster) -> list[NodeRow]:
     """Return a row for each living node, the head first."""
     nodes = sorted(cluster.nodes().values(), key=lambda node: (not node.is_head, _job_number(node)))
     places = queue_places(cluster)
-    return [_row(cluster, node, str(places.get(node.node_id, ""))) for node in nodes]
+    return [_row(cluster, node, places.get(node.node_id)) for node in nodes]
 
 
 def print_nodes(cluster: Cluster) -> None:
-    """Print the table once, and below it which types are not launched now and which hosts are avoided."""
+    """Print the table once, and below it what jobs wait for, types that are not launched, and hosts to avoid."""
     _console().print(_view(cluster, node_rows(cluster)))
 
 
@@ -92,7 +92,8 @@ def watch_nodes(cluster: Cluster) -> None:
 
 
 def _view(cluster: Cluster, rows: Sequence[NodeRow]) -> Group:
-    return Group(_table(rows), *cluster.launches.summary())
+    waiting = [f"{row.id} waits: {row.waits_for}" for row in rows if row.waits_for]
+    return Group(_table(rows), *waiting, *cluster.launches.summary())
 
 
 def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
@@ -103,15 +104,15 @@ def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
         return []
 
 
-def _row(cluster: Cluster, node: Node, queue: str) -> NodeRow:
+def _row(cluster: Cluster, node: Node, place: QueuePlace | None) -> NodeRow:
     report = node.report
     return NodeRow(
         id=node.node_id,
         type=node.tags.get(TAG_TYPE, ""),
         state=node.seen.state,
         ray="up" if node.ready else "",
-        reason=in_words(node.seen.reason) if node.seen.queued else "",
-        queue=queue,
+        reason=node.seen.reason if node.seen.queued else "",
+        waits_for=", ".join(waits_for(node, place)),
         host=node.seen.place,
         address=report.address if report else "",
         time_left=node.seen.time_left,
@@ -122,24 +123,15 @@ def _row(cluster: Cluster, node: Node, queue: str) -> NodeRow:
 
 def _table(rows: Sequence[NodeRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    waiting = [row for row in rows if row.queue or row.reason]
-    columns = ["id", "type", "state", "ray", "host", "address", "time_left"]
-    if waiting:
-        columns[3:3] = ["reason", "queue", "start"]
+    columns = ("id", "type", "state", "ray", "reason", "host", "address", "time_left")
     for column in columns:
-        table.add_column(column.upper().replace("_", " "), no_wrap=column not in {"reason", "queue"})
+        table.add_column(column.upper().replace("_", " "), no_wrap=True)
     table.add_column("LOG", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row, column) for column in columns), row.log)
+        table.add_row(*(getattr(row, column) for column in columns), row.log)
     if not rows:
         table.add_row("no nodes", *[""] * len(columns))
     return table
-
-
-def _cell(row: NodeRow, column: str) -> str:
-    if column == "start" and not row.reason:
-        return ""  # for those that run this is no news
-    return str(getattr(row, column))
 
 
 def print_clusters(rows: Sequence[ClusterRow]) -> None:

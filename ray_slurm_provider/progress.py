@@ -102,10 +102,20 @@ def describe(node: Node, place: QueuePlace | None = None) -> str:
     seen = node.seen
     parts = [node.label, seen.state]
     if seen.queued:
-        parts += [f"reason {in_words(seen.reason)}"] if seen.reason else []
-        parts += [str(place)] if place else []
-        parts += [f"start expected {seen.start}"] if seen.start else []
+        parts += waits_for(node, place)
     else:
         parts += [f"on {seen.place}"] if seen.place else []
         parts += ["Ray is up" if node.ready else "Ray is starting"]
     return ", ".join(parts)
+
+
+def waits_for(node: Node, place: QueuePlace | None = None) -> list[str]:
+    """Return what a queued node waits for: reason, place in the queue, expected start; nothing for one that runs."""
+    seen = node.seen
+    if not seen.queued:
+        return []
+    return [
+        *([f"reason {in_words(seen.reason)}"] if seen.reason else []),
+        *([f"place {place}"] if place else []),
+        *([f"start expected {seen.start}"] if seen.start else []),
+    ]

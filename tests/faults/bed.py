@@ -25,6 +25,8 @@ from ray_slurm_provider.sandbox.machines import LOGIN
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 
+# With less, a controller that could not ask for a while takes all its nodes for lost; sites have 300 s.
+PATIENT = {"SlurmdTimeout": 60}
 _TOOLS = ("sbatch", "squeue", "scancel", "scontrol", "srun", "sinfo")
 _DRIVER = Path(__file__).with_name("driver.py")
 

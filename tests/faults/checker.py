@@ -184,7 +184,7 @@ class Checker:
         jobs = {}
         for line in text.splitlines():
             facts = dict(re.findall(r"(?:^| )([A-Z]\w*)=(\S*)", line))
-            comment = re.search(r" Comment=(ray-slurm:1:\{.*?\}\}) ", line + " ")
+            comment = re.search(r' Comment=(ray-slurm:1:\{.*?"t":"\w+"\})', line)
             if "JobId" in facts:
                 jobs[facts["JobId"]] = {**facts, "Comment": comment.group(1) if comment else ""}
         return jobs

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from faults.bed import Bed
+from faults.bed import PATIENT, Bed
+
+
+@pytest.fixture(scope="session")
+def patient_bed():
+    """An isolated sandbox whose SLURM gives a silent machine time, as sites do."""
+    bed = Bed(**PATIENT)
+    try:
+        yield bed
+    finally:
+        bed.down()
 
 
 @pytest.fixture(scope="session")

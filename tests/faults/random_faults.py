@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support import wait_for
 
-from faults.bed import Bed
+from faults.bed import PATIENT, Bed
 from faults.checker import Checker, ray_nodes_command
 from faults.faults import FAULTS, apply
 
@@ -33,7 +33,7 @@ def run(minutes, seed, figures=None):
     chance = random.Random(seed)
     print(f"seed {seed}", flush=True)
     place = Path(tempfile.mkdtemp(prefix="rst-faults-"))
-    bed = Bed(EnforcePartLimits="NO")
+    bed = Bed(**PATIENT)
     types = {
         "worker": {
             "max_workers": WORKERS,

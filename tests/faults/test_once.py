@@ -104,6 +104,41 @@ def test_what_a_lost_head_left_in_the_queue_goes_with_the_next_ray_up(make):
     _nothing_is_left(cluster)
 
 
+@pytest.mark.parametrize("seconds", [20, pytest.param(300, marks=pytest.mark.all_faults)])
+def test_a_worker_whose_network_is_cut_is_replaced_and_leaves_nothing(make, seconds):
+    cluster = make(
+        "cut", types=_types(node_config={"sbatch": {"cpus_per_task": 2, "mem": "1G", "exclude": "c1"}}), head=HEAD_ON_C1
+    )
+    cluster.up()
+    driver = cluster.start_driver(tasks=1, seconds=2)
+    driver.want()
+    driver.wait_for_wanted(120)
+    (job,) = cluster.alive(head=False)
+    began = time.monotonic()
+    cluster.bed.node(job.nodes, "cut")
+    driver.want()
+    # SLURM gives the node up after 11 s, and Ray needs the longer for it.
+    wait_for(lambda: job.job_id not in {found.job_id for found in cluster.alive(head=False)}, 60, "NODE_FAIL")
+    time.sleep(max(0, began + seconds - time.monotonic()))
+    cluster.bed.node(job.nodes, "join")
+    driver.wait_for_wanted(240, "the work of the lost node")
+    cluster.bed.wait_until_healthy()
+    wait_for(
+        lambda: (
+            not [
+                p
+                for p in cluster.processes()
+                if f"SLURM_JOB_ID={job.job_id}".encode() in p.read("environ").split(b"\0")
+            ]
+        ),
+        90,
+        "the end of its processes",
+    )
+    driver.finish()
+    cluster.down()
+    _nothing_is_left(cluster)
+
+
 def test_a_controller_that_loses_its_jobs_loses_nothing_else(make):
     cluster = make("forgot", types=_types(min_workers=1))
     cluster.up()
@@ -371,7 +406,9 @@ def test_a_queued_job_is_withdrawn_when_nobody_needs_it_any_more_and_not_before(
     time.sleep(15)
     assert [found.job_id for found in cluster.alive(head=False)] == [job.job_id]
     text = cluster.ray_slurm("nodes", cluster.yaml).stdout
-    assert "BeginTime (its begin time is not reached" in " ".join(text.split())
+    assert "waits: reason BeginTime (its begin time is not reached" in text
+    assert "place 1 of 1 in cpu" in text
+    assert "start expected 20" in text
     driver.end()
     wait_for(lambda: not cluster.alive(head=False), 60, "its end")
     cluster.down()

@@ -16,7 +16,7 @@ WORKERS = 3
 
 
 @pytest.fixture(scope="module")
-def live(bed, tmp_path_factory):
+def live(patient_bed, tmp_path_factory):
     """A cluster with a driver, watched by the checker."""
     types = {
         "worker": {
@@ -25,6 +25,7 @@ def live(bed, tmp_path_factory):
             "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G"}},
         }
     }
+    bed = patient_bed
     cluster = bed.cluster(tmp_path_factory.mktemp("live"), "live", types=types)
     checker = Checker(bed.tell, "live", WORKERS, bed.box.paths.logs / "slurmctld.log", cluster.root / "state.json")
     try:
