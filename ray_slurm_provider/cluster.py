@@ -382,9 +382,15 @@ class Cluster:
         """
 
         def gone() -> bool:
-            left = [seen for seen in self._backend.sightings() if seen.alive or seen.state == "COMPLETING"]
-            # The autoscaler may have submitted while the head was being cancelled.
-            self._backend.terminate([seen.node_id for seen in left if seen.alive])
+            try:
+                seen_now = self._backend.sightings()
+                self._refuse_incomplete(self._known, {seen.node_id for seen in seen_now})
+                left = [seen for seen in seen_now if seen.alive or seen.state == "COMPLETING"]
+                # The autoscaler may have submitted while the head was being cancelled.
+                self._backend.terminate([seen.node_id for seen in left if seen.alive])
+            except SlurmError as error:
+                logger.warning("whether all jobs have ended is not known: %s", error.complaint)
+                return False
             return not left
 
         if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
@@ -434,7 +440,11 @@ class Cluster:
         only_head = own if inside else ""
         diary = self.directory.diary()
         found = join(sightings, diary, self.directory.report, only_head)
-        self._refuse_incomplete({*before, *self._unlisted}, seen_ids)
+        suspects = {*before, *self._unlisted}
+        if not inside:
+            # A process that has just begun remembers nothing; the directory does.
+            suspects |= {*diary.tags, *self._head_that_said_so()}
+        self._refuse_incomplete(suspects, seen_ids)
         self.launches.take_over(diary.launches)
         for node_id, node in found.items():
             if not node.seen.alive and node_id in before:
@@ -453,6 +463,11 @@ class Cluster:
         for node_id in before:
             if node_id not in seen_ids and self._backend.exists(node_id):
                 raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
+
+    def _head_that_said_so(self) -> set[str]:
+        """Return the head by its own report, when that does not say that it ended."""
+        report = self.directory.head_report()
+        return {report.node_id} if report is not None and report.phase != ENDED else set()
 
     def _withdraw_hopeless(self, nodes: Iterable[Node]) -> None:
         """Cancel jobs that SLURM would never start: Ray shall not count on them."""

@@ -144,6 +144,41 @@ def test_a_job_that_the_answer_lacks_is_asked_for_before_it_counts_as_gone(monit
     assert worker not in monitor.nodes()
 
 
+HEADER_ONLY = "JOBID\x1fSTATE\x1fREASON\x1fPARTITION\x1fNODELIST\x1fTIME_LEFT\x1fSTART_TIME\x1fNAME\x1fCOMMENT\n"
+
+
+@pytest.mark.parametrize("trace", ["tags", "report"])
+def test_a_new_process_does_not_believe_that_the_head_is_gone_either(
+    login, head_id, fake_slurm, settings, clock, trace
+):
+    if trace == "tags":
+        login.set_tags(head_id, {TAG_STATUS: "up-to-date"})
+    else:
+        write_report(login.directory.reports, NodeReport(head_id, READY), head=True)
+    fake_slurm.faults(squeue=HEADER_ONLY)
+    another = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    for action in (another.nodes, lambda: another.create_head("head", CONFIG, HEAD)):
+        with pytest.raises(SlurmParseError, match="which the controller knows"):
+            action()
+    assert len(fake_slurm.jobs()) == 1
+    fake_slurm.faults()
+    fake_slurm.change(head_id.partition("-")[0], forgotten=True, purged=True)
+    assert another.nodes() == {}
+
+
+def test_the_directory_stays_until_slurm_really_says_that_all_is_over(login, head_id, fake_slurm, monkeypatch):
+    login.nodes()
+    monkeypatch.setattr("ray_slurm_provider.cluster._CLEANUP_TIMEOUT_S", 2)
+    for faults in ({"squeue": HEADER_ONLY}, {"down": ["squeue"]}, {"down": ["scancel"]}):
+        fake_slurm.faults(**faults)
+        with pytest.raises(StateError, match="have not ended"):
+            login.clean_up()
+        assert login.directory.exists
+    fake_slurm.faults()
+    login.clean_up()
+    assert not login.directory.exists
+
+
 def test_a_submission_without_an_answer_is_found_and_not_repeated(monitor, fake_slurm):
     fake_slurm.faults(lost=True)
     (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
