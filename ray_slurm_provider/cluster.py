@@ -33,6 +33,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.ghosts import Ghosts
 from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
@@ -109,6 +110,7 @@ class Cluster:
         self._known: dict[str, Node] = {}
         self._unlisted: dict[str, Sighting] = {}
         self._held = HeldLaunches(clock)
+        self._ghosts = Ghosts(clock)
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
 
     def slurm_client(self) -> SlurmClient:
@@ -452,7 +454,7 @@ class Cluster:
             elif node.ready and self._is_autoscaler and not node.is_head:
                 self.launches.ready(node)
         if self._is_autoscaler:
-            self._withdraw_hopeless(found.values())
+            self._withdraw(found.values())
         listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
         self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in listed}
         self._known.update(found)
@@ -469,13 +471,14 @@ class Cluster:
         report = self.directory.head_report()
         return {report.node_id} if report is not None and report.phase != ENDED else set()
 
-    def _withdraw_hopeless(self, nodes: Iterable[Node]) -> None:
-        """Cancel jobs that SLURM would never start: Ray shall not count on them."""
-        hopeless = self.launches.hopeless(node for node in nodes if node.seen.alive and not node.is_head)
-        if not hopeless:
+    def _withdraw(self, nodes: Iterable[Node]) -> None:
+        """Cancel jobs that SLURM would never start, and those that ended without its notice: Ray counts on them."""
+        workers = [node for node in nodes if node.seen.alive and not node.is_head]
+        doomed = [*self.launches.hopeless(workers), *self._ghosts.among(workers)]
+        if not doomed:
             return
         try:
-            self._backend.terminate(hopeless)
+            self._backend.terminate(doomed)
         except SlurmError as error:
             logger.warning("they could not be cancelled; that is tried again: %s", error)
 

@@ -30,7 +30,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent import kernel, network, ports, ray_command
@@ -42,7 +42,7 @@ from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_pat
 from ray_slurm_provider.agent.siblings import Siblings
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
-from ray_slurm_provider.errors import SlurmError, StateError
+from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 from ray_slurm_provider.files import read_json_object, write_atomically
 from ray_slurm_provider.reports import (
     ENDED,
@@ -58,9 +58,11 @@ from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ray_slurm_provider.agent.spec import AgentSpec
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ray_slurm_provider.agent")
 
@@ -70,6 +72,9 @@ _TURN_POLL_S = 0.1
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
 _KEEP_S = 5.0
+# How long a node that starts waits for a controller that does not answer, and how often it asks.
+_SLURM_AWAY_S = 600.0
+_ASK_AGAIN_S = 2.0
 _TAIL_BYTES = 8192
 
 
@@ -189,8 +194,14 @@ class Supervisor:
 
     def _choose_address(self) -> str:
         if self._spec.login_node:
-            return network.choose_login_address(self._spec.interface, self._slurm.node_addresses)
-        return network.choose_address(self._spec.interface, self._report.slurm_node, self._slurm.node_address)
+            return network.choose_login_address(
+                self._spec.interface, lambda: self._patiently(self._slurm.node_addresses)
+            )
+        return network.choose_address(
+            self._spec.interface,
+            self._report.slurm_node,
+            lambda node: self._patiently(lambda: self._slurm.node_address(node)),
+        )
 
     @property
     def _authority(self) -> Path:
@@ -234,7 +245,19 @@ class Supervisor:
             self._start_lock = None
 
     def _job_facts(self) -> Mapping[str, str]:
-        return self._slurm.job_facts(job_id_of(self._node_id))
+        return self._patiently(lambda: self._slurm.job_facts(job_id_of(self._node_id)))
+
+    def _patiently(self, question: Callable[[], T]) -> T:
+        """Ask SLURM something, again while it does not answer: this node has its allocation and can wait."""
+        deadline = time.monotonic() + _SLURM_AWAY_S
+        while True:
+            try:
+                return question()
+            except SlurmUnavailable as error:  # noqa: PERF203 waiting is what the loop is for
+                if self._signals or time.monotonic() > deadline:
+                    raise
+                logger.warning("SLURM does not answer, trying again: %s", error.complaint)
+                time.sleep(_ASK_AGAIN_S)
 
     # -- while Ray runs -------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from ray_slurm_provider.errors import (
 )
 from ray_slurm_provider.head_wait import wait_for_head
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
-from ray_slurm_provider.reports import READY, NodeReport, write_report
+from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
 
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
@@ -481,6 +481,22 @@ def test_a_second_ray_up_finds_the_head_of_the_first(login, head_id, fake_slurm,
     assert len(fake_slurm.jobs()) == 1
     with pytest.raises(StateError, match="with another configuration meanwhile"):
         other.create_head("head", CONFIG, {**HEAD, "ray-launch-config": "another"})
+
+
+def test_a_job_whose_end_the_controller_forgot_is_cancelled(monitor, fake_slurm, clock):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    job = worker.partition("-")[0]
+    fake_slurm.change(job, state="RUNNING")
+    write_report(monitor.directory.reports, NodeReport(worker, READY, ready_at=1), head=False)
+    clock.now += 100
+    assert worker in monitor.nodes()
+    write_report(monitor.directory.reports, NodeReport(worker, ENDED, ready_at=1), head=False)
+    for seconds, state in ((2, "RUNNING"), (40, "RUNNING"), (6, "CANCELLED")):
+        clock.now += seconds
+        monitor.nodes()
+        assert next(found for found in fake_slurm.jobs() if found["id"] == job)["state"] == state
+    clock.now += 2
+    assert worker not in monitor.nodes()
 
 
 def test_two_clusters_of_one_name_in_two_places_do_not_see_each_other(login, head_id, fake_slurm, tmp_path, clock):

@@ -167,13 +167,11 @@ FAULTS = [
     Fault("slurmctld crashes (scaling up)", *controller("crash", "start"), lasts_s=8, when="up"),
     Fault("slurmctld hangs", *controller("freeze", "thaw"), lasts_s=15),
     Fault("slurmctld crashes", *controller("crash", "start"), lasts_s=8),
-    Fault("munge is down", lambda c: c.bed.stop_munge(), lambda c: c.bed.start_munge(), lasts_s=15, in_ci=True),
+    Fault("munge is down", lambda c: c.bed.stop_munge(), lambda c: c.bed.start_munge(), lasts_s=15),
     Fault("squeue hangs", *trouble("squeue", "exec sleep 600"), lasts_s=12),
     Fault("squeue prints half a line", *trouble("squeue", 'real "$@" | head -c -40; exit 0'), lasts_s=8, in_ci=True),
     Fault("squeue prints nothing", *trouble("squeue", "exit 0"), lasts_s=8, in_ci=True),
-    Fault(
-        "squeue answers for another cluster", *trouble("squeue", 'real "$@" | head -1; exit 0'), lasts_s=8, in_ci=True
-    ),
+    Fault("squeue answers for another cluster", *trouble("squeue", 'real "$@" | head -1; exit 0'), lasts_s=8),
     Fault("squeue fails", *trouble("squeue", "echo no >&2; exit 1"), lasts_s=8),
     Fault("sbatch hangs", *trouble("sbatch", "exec sleep 600"), lasts_s=12, when="up"),
     Fault(

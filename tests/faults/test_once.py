@@ -39,7 +39,7 @@ def _nothing_is_left(cluster, timeout_s=60):
     [
         pytest.param("raylet", marks=pytest.mark.all_faults),
         pytest.param("gcs_server", marks=pytest.mark.all_faults),
-        "agent",
+        pytest.param("agent", marks=pytest.mark.all_faults),
         pytest.param("guard", marks=pytest.mark.all_faults),
         "host",
         pytest.param("network", marks=pytest.mark.all_faults),
@@ -83,6 +83,7 @@ def test_a_head_that_is_lost_takes_all_its_jobs_with_it_and_ray_up_begins_anew(m
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_what_a_lost_head_left_in_the_queue_goes_with_the_next_ray_up(make):
     later = {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}}
     cluster = make("alone", types={"later": {"min_workers": 2, "max_workers": 2, "node_config": later}})
@@ -104,7 +105,8 @@ def test_what_a_lost_head_left_in_the_queue_goes_with_the_next_ray_up(make):
     _nothing_is_left(cluster)
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(300, marks=pytest.mark.all_faults)])
+@pytest.mark.all_faults
+@pytest.mark.parametrize("seconds", [20, 300])
 def test_a_worker_whose_network_is_cut_is_replaced_and_leaves_nothing(make, seconds):
     cluster = make(
         "cut", types=_types(node_config={"sbatch": {"cpus_per_task": 2, "mem": "1G", "exclude": "c1"}}), head=HEAD_ON_C1
@@ -139,6 +141,7 @@ def test_a_worker_whose_network_is_cut_is_replaced_and_leaves_nothing(make, seco
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_a_controller_that_loses_its_jobs_loses_nothing_else(make):
     cluster = make("forgot", types=_types(min_workers=1))
     cluster.up()
@@ -156,6 +159,7 @@ def test_a_controller_that_loses_its_jobs_loses_nothing_else(make):
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_the_directory_may_be_deleted_and_the_disk_may_be_full(make, small_disk):
     cluster = make("disk", types=_types(), state_dir=small_disk)
     cluster.up()
@@ -222,6 +226,7 @@ def test_two_ray_ups_and_two_ray_downs_at_once(make):
     assert not cluster.root.exists()
 
 
+@pytest.mark.all_faults
 def test_ray_down_while_jobs_are_being_submitted(make):
     cluster = make("late", types=_types(max_workers=30))
     cluster.bed.trouble("sbatch", "sleep 0.5")
@@ -262,6 +267,7 @@ def test_ray_up_may_be_interrupted_at_every_step(make, number):
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_odd_names_and_strangers(make, tmp_path):
     home = tmp_path / 'hôme of "o\'neil"'
     cluster = make("a.b-c_1", types={"größe 2 'x\"": _types()["worker"]})
@@ -341,6 +347,7 @@ def test_a_type_that_fails_pauses_and_is_resumed(make, tmp_path):
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_what_slurm_would_never_start_is_told_and_withdrawn(make):
     options = {"cpus_per_task": 2, "mem": "1G"}
     types = {
@@ -382,6 +389,7 @@ def test_what_slurm_would_never_start_is_told_and_withdrawn(make):
     _nothing_is_left(cluster)
 
 
+@pytest.mark.all_faults
 def test_a_head_that_slurm_would_never_start_ends_ray_up(make):
     head = {
         "resources": {"CPU": 0},
@@ -396,6 +404,7 @@ def test_a_head_that_slurm_would_never_start_ends_ray_up(make):
     assert not cluster.alive()
 
 
+@pytest.mark.all_faults
 def test_a_queued_job_is_withdrawn_when_nobody_needs_it_any_more_and_not_before(make):
     later = {"sbatch": {"cpus_per_task": 2, "mem": "1G", "begin": "now+1hour"}}
     cluster = make("needed", types={"later": {"max_workers": 2, "node_config": later}}, slurm={"withdraw_after_s": 5})

@@ -37,7 +37,7 @@ LAYERS = [
         "sandbox",
     },
     {"access", "cluster", "shells"},
-    {"launch_control", "held_launches"},
+    {"launch_control", "held_launches", "ghosts"},
     {"nodes"},
     {"backends.places"},
     {"backends.slurm_jobs", "backends.login_process"},
