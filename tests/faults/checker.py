@@ -185,7 +185,8 @@ class Checker:
         for line in text.splitlines():
             facts = dict(re.findall(r"(?:^| )([A-Z]\w*)=(\S*)", line))
             comment = re.search(r' Comment=(ray-slurm:1:\{.*?"t":"\w+"\})', line)
-            if "JobId" in facts:
+            # Somebody's job may be called by a name with a newline in it.
+            if {"JobId", "JobState"} <= set(facts):
                 jobs[facts["JobId"]] = {**facts, "Comment": comment.group(1) if comment else ""}
         return jobs
 

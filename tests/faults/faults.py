@@ -144,21 +144,30 @@ def strangers(cluster):
     """Jobs of the same user that look like ours."""
     name = cluster.config["cluster_name"]
     comments = ["ray-slurm:1:{", "ray-slurm:1:" + '{"c":"other","d":"x","t":"aaaaaa","h":"","g":{}}', "none of ours"]
-    for comment in comments:
+    names = [(f"ray-{name}-worker", comment) for comment in comments] + [("two\nlines", "a\nb")]
+    cluster.strangers = [
         cluster.bed.tell(
-            "sbatch", "-H", "-J", f"ray-{name}-worker", f"--comment={comment}", "-o", "/dev/null", "--wrap", "sleep 600"
-        )
-    cluster.bed.tell("sbatch", "-H", "-J", "two\nlines", "--comment=a\nb", "-o", "/dev/null", "--wrap", "sleep 600")
+            "sbatch",
+            "--parsable",
+            "-H",
+            "-J",
+            job_name,
+            f"--comment={comment}",
+            "-o",
+            "/dev/null",
+            "--wrap",
+            "sleep 600",
+        ).strip()
+        for job_name, comment in names
+    ]
 
 
 def no_strangers(cluster):
     """They are all still there; now they may go."""
-    jobs = [job.job_id for job in cluster.client.jobs() if job.queued and "Held" in job.reason]
-    assert len(jobs) == 4, jobs
-    cluster.client.cancel(jobs)
+    for job in cluster.strangers:
+        assert "JobState=PENDING" in cluster.bed.tell("scontrol", "show", "job", job)
+    cluster.client.cancel(cluster.strangers)
 
-
-_SUBMITS_BUT = 'if [ ! -e {once} ]; then touch {once}; real "$@" >/dev/null; {then}; fi'
 
 FAULTS = [
     Fault("slurmctld is stopped", *controller("stop", "start"), lasts_s=20),
