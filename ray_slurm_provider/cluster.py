@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs, tls
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, V2_VARIABLE
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
 from ray_slurm_provider.backends.base import Launch, Sighting
-from ray_slurm_provider.backends.launch_script import canary_script, preview_script
-from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
+from ray_slurm_provider.backends.launch_script import canary_script, job_environment, preview_script
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
@@ -25,22 +24,18 @@ from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import (
-    ConfigError,
-    LaunchDelayed,
     NodeNotFound,
     SlurmError,
     SlurmParseError,
     StateError,
-    SubmitRejected,
 )
 from ray_slurm_provider.ghosts import Ghosts
-from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
 from ray_slurm_provider.reports import ENDED
-from ray_slurm_provider.site_file import rules_in_force
 from ray_slurm_provider.slurm.client import SlurmClient
-from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
+from ray_slurm_provider.slurm.process import SlurmTools
+from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE, WorkerLauncher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -55,17 +50,6 @@ _CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
 # The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
 _LOST = "LOST"
-_INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
-# What belongs to the shell or the node of `ray up` and must not follow the job to another.
-_NOT_FOR_JOBS = (
-    "RAY_",
-    "AUTOSCALER_",
-    "CUDA_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-    "PMI_",
-    "PMIX_",
-)
 
 
 @dataclass
@@ -105,13 +89,12 @@ class Cluster:
             LoginProcess(self.directory, name),
         )
         self._lock = threading.Lock()
-        self._creating = threading.Lock()
         self._listing = _Listing()
         self._known: dict[str, Node] = {}
         self._unlisted: dict[str, Sighting] = {}
-        self._held = HeldLaunches(clock)
         self._ghosts = Ghosts(clock)
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
+        self._launcher = WorkerLauncher(self, self._environ, clock)
 
     def slurm_client(self) -> SlurmClient:
         """Return a way to SLURM with this cluster's settings."""
@@ -212,7 +195,7 @@ class Cluster:
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate(list(self.nodes()))
-                return self._create(self._launch(node_type, config, tags, environ))
+                return self.create(self.launch(node_type, config, tags, environ))
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
             return present.node_id
@@ -221,128 +204,49 @@ class Cluster:
         )
 
     def create_workers(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
-        """Submit the jobs of workers; called in the head's job, by Ray's autoscaler.
-
-        What cannot be submitted now is held, see `held_launches`, when Ray knows why.
-
-        Raises:
-            StateError: The cluster is being taken down, or this is not a head's job.
-            SlurmUnavailable: SLURM does not answer.
-            LaunchDelayed: Nodes of this type failed too often, or as many wait in the queue as may.
-            SubmitRejected: SLURM does not take them.
-            ConfigError: The site does not allow them.
-        """
-        self._refuse_at_the_end()
-        made: list[str] = []
-        try:
-            self._launch_workers(node_type, config, tags, count, made)
-        except (LaunchDelayed, SubmitRejected, ConfigError) as error:
-            # The old autoscaler keeps no rows, and asks again.
-            if self._environ.get(V2_VARIABLE) != "1" or self._held.is_news(node_type, error):
-                raise
-            self._held.hold(node_type, config, tags, count - len(made))
-        else:
-            self._held.launched(node_type)
-        return made
+        """Submit the jobs of workers, see `WorkerLauncher.create`; called by Ray's autoscaler in the head's job."""
+        return self._launcher.create(node_type, config, tags, count)
 
     def launch_held(self) -> None:
         """Launch what was asked for before and could not be launched then."""
-        waiting = self._held.take()
-        if waiting:
-            try:
-                self._refuse_at_the_end()
-            except StateError:
-                return
-        for held in waiting:
-            made: list[str] = []
-            try:
-                self._launch_workers(held.node_type, held.config, held.tags, held.count, made)
-            except (LaunchDelayed, SubmitRejected, ConfigError, SlurmError):
-                held.count -= len(made)
-                self._held.put_back(held)
-            else:
-                self._held.launched(held.node_type)
-
-    def _refuse_at_the_end(self) -> None:
-        """Raise `StateError` when nothing may be submitted any more, or not by this process."""
-        if self.directory.stopping:
-            raise StateError(f"cluster {self.name} is being taken down; nothing is submitted")
-        if not (self._environ.get(_INSTANCE_VARIABLE) and self._environ.get(GCS_ADDRESS_VARIABLE)):
-            raise StateError("workers are submitted by the head's autoscaler; this process is not a head's")
-        report = self.directory.report(self._environ[_INSTANCE_VARIABLE])
-        if report is not None and report.phase == ENDED:
-            raise StateError(f"the head {report.node_id} is ending; nothing is submitted")
-
-    def _launch_workers(
-        self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]
-    ) -> None:
-        """Submit jobs, as many as may be; add their nodes to a list."""
-        self.launches.check(node_type)
-        with self._creating:
-            fitting, limit = self._fitting(node_type, config, count)
-            self._submit(node_type, config, tags, fitting, made)
-        if fitting < count:
-            raise LaunchDelayed(
-                "slurm-queue-full",
-                f"{count - fitting} jobs of type {node_type} have to wait: no more than {limit} may be in the queue"
-                " (max_queued_jobs)",
-            )
-
-    def _fitting(self, node_type: str, config: NodeConfig, count: int) -> tuple[int, str]:
-        """Return how many of some jobs may be put into the queue now, and by which limit."""
-        rules = rules_in_force(self.settings)
-        of_all = (self.settings.max_queued_jobs, rules.limits.max_queued_jobs if rules is not None else None)
-        limits = [(limit, f"{limit} of the cluster", "") for limit in of_all if limit is not None]
-        if config.max_queued_jobs is not None:
-            limits.append((config.max_queued_jobs, f"{config.max_queued_jobs} of this type", node_type))
-        fitting, by = count, ""
-        for limit, name, only in limits:
-            queued = sum(node.seen.queued and only in {"", node.tags.get(TAG_TYPE)} for node in self.nodes().values())
-            if limit - queued < fitting:
-                fitting, by = max(0, limit - queued), name
-        return fitting, by
-
-    def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]) -> None:
-        rules = rules_in_force(self.settings)
-        if rules is not None and count:
-            in_slurm = [node_id for node_id in self.nodes() if not node_id.startswith(LOGIN_PREFIX)]
-            rules.check_nodes(len(in_slurm) + count, f"available_node_types.{node_type}")
-        environ = self.directory.environment() or job_environment(self._environ)
-        launch = replace(
-            self._launch(node_type, config, tags, environ),
-            head=self._environ[_INSTANCE_VARIABLE],
-            gcs_address=self._environ[GCS_ADDRESS_VARIABLE],
-            head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
-            autoscaler_v1=self._environ.get(V2_VARIABLE) == "0",
-            avoid=self.launches.avoided(),
-        )
-        try:
-            made.extend(self._create_worker(launch) for _ in range(count))
-        except SubmitRejected as error:
-            self.launches.rejected(node_type, error)
-            raise
-
-    def _create_worker(self, launch: Launch) -> str:
-        """Create a node; without any others it may start on those that are to be avoided."""
-        try:
-            return self._create(launch)
-        except SubmitRejected as error:
-            if not launch.avoid or error.not_now:
-                raise
-            logger.warning("without %s sbatch refuses type %s", ",".join(launch.avoid), launch.node_type)
-            return self._create(replace(launch, avoid=()))
+        self._launcher.launch_held()
 
     def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
         """Return the batch script of a node without submitting it."""
-        launch = self._launch(node_type, config, {TAG_TYPE: node_type}, {})
+        launch = self.launch(node_type, config, {TAG_TYPE: node_type}, {})
         if not head:
             launch = replace(launch, head="HEAD", gcs_address="HEAD_ADDRESS:PORT")
         return preview_script(launch)
 
     def canary(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
         """Return the batch script of a job that looks around where a node of this type would run."""
-        launch = self._launch(node_type, config, {TAG_TYPE: node_type}, {})
+        launch = self.launch(node_type, config, {TAG_TYPE: node_type}, {})
         return canary_script(launch if head else replace(launch, head="HEAD"))
+
+    def launch(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], environ: Mapping[str, str]) -> Launch:
+        """Return a node of this cluster to be created, a head until more is said."""
+        return Launch(
+            cluster=self.name,
+            home=self.directory.fingerprint,
+            cluster_dir=self.directory.root,
+            settings=self.settings,
+            node_type=node_type,
+            config=config,
+            tags=tags,
+            environ=environ,
+        )
+
+    def create(self, launch: Launch) -> str:
+        """Create a node and return its id; the next listing holds it."""
+        try:
+            node_id = self._backend.create(launch)
+        finally:
+            self.forget_listing()
+        lost = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
+        with self._lock:
+            self._unlisted[node_id] = lost
+        self.launches.launched(node_id)
+        return node_id
 
     def terminate(self, node_ids: list[str]) -> None:
         """End nodes; a node that has ended already is no error.
@@ -351,7 +255,7 @@ class Cluster:
         go and would have the whole node removed.
         """
         if self._is_autoscaler:
-            node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(_INSTANCE_VARIABLE)]
+            node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(INSTANCE_VARIABLE)]
         if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
@@ -404,34 +308,9 @@ class Cluster:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _launch(
-        self, node_type: str, config: NodeConfig, tags: Mapping[str, str], environ: Mapping[str, str]
-    ) -> Launch:
-        return Launch(
-            cluster=self.name,
-            home=self.directory.fingerprint,
-            cluster_dir=self.directory.root,
-            settings=self.settings,
-            node_type=node_type,
-            config=config,
-            tags=tags,
-            environ=environ,
-        )
-
-    def _create(self, launch: Launch) -> str:
-        try:
-            node_id = self._backend.create(launch)
-        finally:
-            self.forget_listing()
-        lost = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
-        with self._lock:
-            self._unlisted[node_id] = lost
-        self.launches.launched(node_id)
-        return node_id
-
     def _refresh(self) -> None:
         """Ask once and make the new listing; the lock is held."""
-        own = self._environ.get(_INSTANCE_VARIABLE, "")
+        own = self._environ.get(INSTANCE_VARIABLE, "")
         before = self._listing.nodes
         sightings = self._backend.sightings()
         seen_ids = {seen.node_id for seen in sightings}
@@ -495,8 +374,3 @@ class Cluster:
             logger.warning("%s", self.obituary(node.node_id))
         else:
             logger.info("job %s ended (%s)", node.node_id, node.seen.state)
-
-
-def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment that a job starts with, from that of `ray up`."""
-    return {name: value for name, value in clean_environment(environ).items() if not name.startswith(_NOT_FOR_JOBS)}

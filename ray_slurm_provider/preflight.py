@@ -18,10 +18,11 @@ from filelock import FileLock, Timeout
 
 from ray_slurm_provider.agent import network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
+from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.bootstrap import resolve_file
 from ray_slurm_provider.canaries import look_around
 from ray_slurm_provider.canary_findings import NodeTypeJob
-from ray_slurm_provider.cluster import Cluster, job_environment
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError
 from ray_slurm_provider.file_sync import on_local_disk

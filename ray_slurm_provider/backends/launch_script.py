@@ -13,9 +13,23 @@ from ray_slurm_provider.config import ResolvedNode
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.sbatch_options import split_directive
 from ray_slurm_provider.site_file import check_node_config, rules_in_force
+from ray_slurm_provider.slurm.process import clean_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ray_slurm_provider.backends.base import Launch
+
+# What belongs to the shell or the node of `ray up` and must not follow the job to another.
+_NOT_FOR_JOBS = (
+    "RAY_",
+    "AUTOSCALER_",
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "PMI_",
+    "PMIX_",
+)
 
 
 def new_certificate(launch: Launch, token: str = "") -> BirthCertificate:
@@ -91,6 +105,11 @@ def preview_script(launch: Launch) -> str:
     """Return the script that a backend would run, with a token that nobody uses."""
     spec = job_spec(launch, new_certificate(launch, "TOKEN"))
     return render_process(spec, "HOST") if launch.config.placement == "login_node" else render(spec)
+
+
+def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that a job starts with, from that of `ray up`."""
+    return {name: value for name, value in clean_environment(environ).items() if not name.startswith(_NOT_FOR_JOBS)}
 
 
 def _agent_spec(launch: Launch, resolved: ResolvedNode) -> AgentSpec:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
-from ray_slurm_provider.cluster import Cluster, job_environment
+from ray_slurm_provider.backends.launch_script import job_environment
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings, read_node_config
 from ray_slurm_provider.deployment.proposal import Option, TypeProposal
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable

@@ -37,6 +37,7 @@ LAYERS = [
         "sandbox",
     },
     {"access", "cluster", "shells"},
+    {"worker_launcher"},
     {"launch_control", "held_launches", "ghosts"},
     {"nodes"},
     {"backends.places"},
