@@ -8,6 +8,10 @@ import shutil
 import sys
 from pathlib import Path
 
+from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
+
+HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
+WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 _SOURCE = Path(__file__).with_name("fake_slurm.py")
 
 
@@ -51,3 +55,13 @@ class FakeSlurm:
 
     def remove(self):
         shutil.rmtree(self.directory)
+
+
+class Clock:
+    """A clock that goes when it is told."""
+
+    def __init__(self, now=0.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now

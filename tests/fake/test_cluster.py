@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fake.harness import HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import (
@@ -23,16 +24,7 @@ from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
 
-HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
-WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 CONFIG = NodeConfig()
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

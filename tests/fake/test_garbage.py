@@ -7,14 +7,11 @@ import time
 
 import pytest
 
+from fake.harness import HEAD, WORKER
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.garbage import find_garbage, remove_garbage
-from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
-
-HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
-WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 
 
 @pytest.fixture(params=["comment", "file"])

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from fake.harness import HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
-from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 
-HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
-WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 CONFIG = NodeConfig()
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fake.harness import HEAD, WORKER
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -15,11 +16,9 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
-from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
+from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.site_rules import SiteLimits, SiteRules
 
-HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
-WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 CONFIG = NodeConfig()
 
 
