@@ -27,6 +27,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -159,7 +160,7 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
     def diary(self) -> Diary:
-        """Return what changed since birth; nothing when the file is lost or broken.
+        """Return what changed since birth; nothing when the file is lost or broken, which then is put aside.
 
         Raises:
             StateError: A newer version of this package has written it.
@@ -167,7 +168,7 @@ class ClusterDir:
         value = read_json_object(self._diary)
         if value is None:
             if self._diary.exists():
-                logger.warning("%s cannot be read; going on with what SLURM knows", self._diary)
+                self._put_aside()
             return Diary()
         version = value.get("version")
         if isinstance(version, int) and version > _DIARY_VERSION:
@@ -176,6 +177,13 @@ class ClusterDir:
                 f" {_DIARY_VERSION})\n  use that version; or, when the cluster is down, remove {self.root}"
             )
         return Diary(_read_tags(value.get("tags")), read_launch_records(value.get("launches")))
+
+    def _put_aside(self) -> None:
+        """Keep a diary that cannot be read under another name: writing is atomic, so it will not become readable."""
+        aside = self._diary.with_name(f"state.json.broken-{time.time():.0f}")
+        logger.warning("%s cannot be read; it is kept as %s, going on with what SLURM knows", self._diary, aside.name)
+        with suppress(OSError):
+            self._diary.rename(aside)
 
     @contextmanager
     def change_diary(self) -> Iterator[Diary]:

@@ -401,6 +401,17 @@ def test_a_head_that_slurm_would_never_start_is_cancelled_and_the_user_told(logi
     assert fake_slurm.jobs()[0]["state"] == "CANCELLED"
 
 
+def test_a_broken_diary_is_put_aside_and_told_once(login, head_id, clock, caplog):
+    path = login.directory.root / "state.json"
+    path.write_text('{"version": 2, "ta')
+    for _ in range(3):
+        clock.now += 10
+        assert head_id in login.nodes()
+    assert caplog.text.count("cannot be read") == 1
+    (aside,) = path.parent.glob("state.json.broken-*")
+    assert aside.read_text() == '{"version": 2, "ta'
+
+
 def test_a_diary_of_an_older_version_is_taken_over(login, head_id, clock):
     path = login.directory.root / "state.json"
     path.write_text(json.dumps({"version": 1, "tags": {head_id: {TAG_STATUS: "up-to-date"}}}))

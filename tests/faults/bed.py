@@ -116,7 +116,8 @@ class Bed:
             with suppress(Exception):
                 self.node(name, "boot")
 
-    def wait_until_healthy(self, timeout_s=90):
+    def wait_until_healthy(self, timeout_s=300):
+        """SLURM itself takes its time to take a node back that it had given up."""
         wait_for(lambda: self.box.status().healthy, timeout_s, f"a healthy SLURM: {self.box.status()}", poll_s=0.5)
 
     def cluster(self, directory, name="c", *, types=None, slurm=None, state_dir=None, **top):

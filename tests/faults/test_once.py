@@ -16,7 +16,7 @@ from support import wait_for
 from faults.faults import is_agent, is_monitor, kill, named
 from ray_slurm_provider import procfs
 
-pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
+pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 HEAD_ON_C1 = {"resources": {"CPU": 0}, "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "nodelist": "c1"}}}

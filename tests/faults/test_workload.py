@@ -10,7 +10,7 @@ from support import wait_for
 from faults.checker import Checker, ray_nodes_command
 from faults.faults import FAULTS, apply
 
-pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
+pytestmark = [pytest.mark.slurm, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 WORKERS = 3
 
