@@ -377,10 +377,17 @@ def test_what_slurm_would_never_start_is_told_and_withdrawn(make):
         assert (
             "waits in vain: PartitionTimeLimit (its time is more than the partition allows; it will never start)" in log
         )
-        status = cluster.ray("exec", cluster.yaml, "ray status").stdout
-        failures = status.partition("Recent failures:")[2]
-        assert "long: LaunchFailed" in failures
-        assert "fourth: LaunchFailed" in failures
+
+        def failures():
+            return cluster.ray("exec", cluster.yaml, "ray status").stdout.partition("Recent failures:")[2]
+
+        for node_type in ("long", "fourth"):
+            wait_for(
+                lambda kind=node_type: f"{kind}: LaunchFailed" in failures(),
+                60,
+                f"the failure of {node_type}",
+                poll_s=2,
+            )
     finally:
         cluster.bed.tell("scontrol", "update", "PartitionName=cpu", "Nodes=c1,c2,c3,c4")
     # The site has mended it: the next try succeeds, without hands.
