@@ -71,7 +71,9 @@ _TURN_POLL_S = 0.1
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
-_KEEP_S = 5.0
+# How often a node looks after what it has written; thousands of workers shall not keep a file system busy.
+_HEAD_KEEPS_S = 5.0
+_WORKER_KEEPS_S = 60.0
 # How long a node that starts waits for a controller that does not answer, and how often it asks.
 _SLURM_AWAY_S = 600.0
 _ASK_AGAIN_S = 2.0
@@ -103,7 +105,7 @@ class Supervisor:
         self._head = HeadWatch(spec, self._siblings.head_ended)
         self._monitor: Monitor | None = None
         self._keeper = DirectoryKeeper(spec.directory) if spec.is_head else None
-        self._keeping = Pace(_KEEP_S)
+        self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
         self._temp_dir: Path | None = None
         self._reserved: ports.Reservation | None = None
