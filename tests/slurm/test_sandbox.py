@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import RAY_SLURM, wait_for
+from support import RAY_SLURM, machines_are_allowed, wait_for
 
 from ray_slurm_provider.errors import SandboxError
 from ray_slurm_provider.sandbox import lifecycle
@@ -183,6 +183,7 @@ def _state(box, node):
     return _run(box, "sinfo", "-h", "-N", "-n", node, "-o", "%T").strip()
 
 
+@pytest.mark.skipif(not machines_are_allowed(), reason="the kernel does not let us make namespaces")
 def test_the_nodes_of_an_isolated_sandbox_are_machines_that_can_be_lost(parent):
     box = Sandbox(parent / "s")
     assert _type("up", "--isolated", "--nodes", 2, "--state-dir", box.paths.root).returncode == 0
@@ -231,6 +232,7 @@ def test_the_nodes_of_an_isolated_sandbox_are_machines_that_can_be_lost(parent):
     _gone(box)
 
 
+@pytest.mark.skipif(not machines_are_allowed(), reason="the kernel does not let us make namespaces")
 def test_an_isolated_sandbox_needs_no_root(public_place, users, site_prefix):
     place = public_place / "isolated"
     command = [str(site_prefix / "bin" / "ray-slurm"), "sandbox"]
