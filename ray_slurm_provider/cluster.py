@@ -26,6 +26,7 @@ from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.errors import (
     NodeNotFound,
     SlurmError,
+    SlurmNotFound,
     SlurmParseError,
     StateError,
 )
@@ -194,7 +195,7 @@ class Cluster:
             present = self.head()
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
-                self.terminate(list(self.nodes()))
+                self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
                 return self.create(self.launch(node_type, config, tags, environ))
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
@@ -284,25 +285,30 @@ class Cluster:
         """Wait until every job has left SLURM, and remove the cluster's directory.
 
         Raises:
-            StateError: Jobs are still there; the directory stays.
+            StateError: Jobs are still there, or SLURM does not say; the directory stays.
         """
+        trouble = ""
 
         def gone() -> bool:
+            nonlocal trouble
             try:
                 seen_now = self._backend.sightings()
                 self._refuse_incomplete(self._known, {seen.node_id for seen in seen_now})
                 left = [seen for seen in seen_now if seen.alive or seen.state == "COMPLETING"]
                 # The autoscaler may have submitted while the head was being cancelled.
                 self._backend.terminate([seen.node_id for seen in left if seen.alive])
+            except SlurmNotFound:
+                raise
             except SlurmError as error:
-                logger.warning("whether all jobs have ended is not known: %s", error.complaint)
+                trouble = f": {error.complaint}"
                 return False
+            trouble = ""
             return not left
 
         if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
             raise StateError(
-                f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s;"
-                f" {self.directory.root} stays"
+                f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s{trouble}\n"
+                f"  {self.directory.root} stays; run `ray down` again"
             )
         self.directory.remove()
 

@@ -3,6 +3,8 @@
 ::
 
     state.json                  the diary: tags that changed since birth, and launches that failed
+    state.json.broken-<time>    one that could not be read
+    state.lock, head.lock       held while the diary changes, and while a head is submitted
     login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
@@ -167,8 +169,7 @@ class ClusterDir:
         """
         value = read_json_object(self._diary)
         if value is None:
-            if self._diary.exists():
-                self._put_aside()
+            self._put_aside()
             return Diary()
         version = value.get("version")
         if isinstance(version, int) and version > _DIARY_VERSION:
@@ -179,7 +180,18 @@ class ClusterDir:
         return Diary(_read_tags(value.get("tags")), read_launch_records(value.get("launches")))
 
     def _put_aside(self) -> None:
-        """Keep a diary that cannot be read under another name: writing is atomic, so it will not become readable."""
+        """Keep a broken diary under another name: writing is atomic, so it will not become whole by itself.
+
+        One that the file system does not let us read just now may be whole, and stays.
+        """
+        try:
+            self._diary.read_bytes()
+        except IsADirectoryError:
+            pass
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s cannot be read now: %s", self._diary, error)
+            return
         aside = self._diary.with_name(f"state.json.broken-{time.time():.0f}")
         logger.warning("%s cannot be read; it is kept as %s, going on with what SLURM knows", self._diary, aside.name)
         with suppress(OSError):
@@ -192,29 +204,38 @@ class ClusterDir:
         Raises:
             StateError: Somebody else holds the lock for too long.
         """
-        try:
-            with FileLock(self.root / "state.lock", timeout=_LOCK_TIMEOUT_S, mode=0o600):
-                diary = self.diary()
-                yield diary
-                value = {"version": _DIARY_VERSION, "tags": diary.tags, "launches": diary.launches.as_json()}
+        with self._locked("state.lock", _LOCK_TIMEOUT_S):
+            diary = self.diary()
+            yield diary
+            value = {"version": _DIARY_VERSION, "tags": diary.tags, "launches": diary.launches.as_json()}
+            try:
                 write_json(self._diary, value)
-        except Timeout as error:
-            raise StateError(f"{self.root / 'state.lock'} was not free for {_LOCK_TIMEOUT_S:g} s") from error
-        except OSError as error:
-            raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
+            except OSError as error:
+                raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
 
     @contextmanager
     def head_lock(self) -> Iterator[None]:
-        """Keep others from submitting a head meanwhile.
+        """Keep another `ray up` from submitting a head meanwhile.
 
         Raises:
-            StateError: Somebody else is at it for too long.
+            StateError: It is at it for too long.
         """
+        with self._locked("head.lock", _HEAD_LOCK_TIMEOUT_S):
+            yield
+
+    @contextmanager
+    def _locked(self, name: str, timeout_s: float) -> Iterator[None]:
+        lock = FileLock(self.root / name, mode=0o600)
         try:
-            with FileLock(self.root / "head.lock", timeout=_HEAD_LOCK_TIMEOUT_S, mode=0o600):
-                yield
+            lock.acquire(timeout=timeout_s)
         except Timeout as error:
-            raise StateError(f"another `ray up` of {self.root.name} has been submitting a head for too long") from error
+            raise StateError(f"{self.root / name} was not free for {timeout_s:g} s: another has it") from error
+        except OSError as error:
+            raise StateError(f"{self.root / name} cannot be used: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def report(self, node_id: str) -> NodeReport | None:
         """Return what a node says of itself."""

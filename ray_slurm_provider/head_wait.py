@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.errors import HeadFailed, SlurmError
+from ray_slurm_provider.errors import HeadFailed, SlurmError, SlurmNotFound
 from ray_slurm_provider.launch_control import HOPELESS_S
 from ray_slurm_provider.reports import READY
 from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
@@ -42,6 +42,7 @@ def wait_for_head(
         clock: A monotonic clock, seconds.
 
     Raises:
+        SlurmNotFound: The tools are gone; asking again does not help.
         HeadFailed: Its job ended, or would never start and was cancelled; the text says why.
     """
     next_question = clock()
@@ -52,6 +53,8 @@ def wait_for_head(
         if ready or clock() >= next_question:
             try:
                 node = cluster.nodes().get(node_id)
+            except SlurmNotFound:
+                raise
             except SlurmError as error:
                 trouble(error)
                 next_question = clock() + ask_s

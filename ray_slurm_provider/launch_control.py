@@ -154,7 +154,7 @@ class LaunchControl:
         return lines
 
     def resume(self, node_type: str = "") -> list[str]:
-        """Lift the pause of a type, or of all; return the types that waited or paused.
+        """Lift the pause of a type, or of all; return the types that waited or paused, and the hosts that were avoided.
 
         Raises:
             StateError: The diary cannot be written.

@@ -100,7 +100,7 @@ class LaunchRecords:
             pause_after: Failures in a row after which the type pauses; None for never.
         """
         record = self.types.setdefault(node_type, TypeRecord())
-        record.reason, record.log, record.category = reason, list(log), "slurm-backoff"
+        record.reason, record.log = reason, list(log)
         if host:
             record.hosts = [*(known for known in record.hosts if known != host), host]
             self._host_failed(host, reason, now)
@@ -112,8 +112,8 @@ class LaunchRecords:
         record.failures += 1
         record.counted = now
         record.until = now + _wait(record.failures - FREE_FAILURES)
-        if pause_after is not None and record.failures >= pause_after:
-            record.paused, record.category = True, "slurm-paused"
+        record.paused = pause_after is not None and record.failures >= pause_after
+        record.category = "slurm-paused" if record.paused else "slurm-backoff"
 
     def _host_failed(self, host: str, reason: str, now: float) -> None:
         record = self.hosts.setdefault(host, HostRecord())
@@ -141,12 +141,13 @@ class LaunchRecords:
         return (self.types.pop(node_type, None), self.hosts.pop(host, None)) != (None, None)
 
     def resume(self, node_type: str = "") -> list[str]:
-        """Lift pauses and waits of a type, or of all, and of all hosts; return the types' names."""
+        """Lift pauses and waits of a type, or of all, and of all hosts; return the names of both."""
         lifted = sorted(self.types) if not node_type else [node_type] * (node_type in self.types)
         for name in lifted:
             del self.types[name]
+        avoided = sorted(host for host, record in self.hosts.items() if record.until)
         self.hosts.clear()
-        return lifted
+        return lifted + avoided
 
     def why_not_now(self, node_type: str, now: float) -> LaunchDelayed | None:
         """Return why nothing of this type is submitted now, None when nothing speaks against it."""

@@ -88,8 +88,8 @@ class HeadProgress:
 
 def queue_places(cluster: Cluster) -> dict[str, QueuePlace]:
     """Return where a cluster's waiting jobs stand in their queues, as far as SLURM tells, by node id."""
-    waiting = [node_id for node_id, node in cluster.nodes().items() if node.seen.queued]
     try:
+        waiting = [node_id for node_id, node in cluster.nodes().items() if node.seen.queued]
         queue = cluster.slurm_client().queue() if waiting else {}
     except SlurmError:
         return {}

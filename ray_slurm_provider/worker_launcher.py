@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.config import NodeConfig
+    from ray_slurm_provider.held_launches import HeldLaunch
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +77,26 @@ class WorkerLauncher:
                 self._refuse_at_the_end()
             except StateError:
                 return
+        answers = True
         for held in waiting:
-            made: list[str] = []
-            try:
-                self._launch(held.node_type, held.config, held.tags, held.count, made)
-            except (LaunchDelayed, SubmitRejected, ConfigError, SlurmError):
-                held.count -= len(made)
+            # A SLURM that does not answer would keep us waiting for each of them.
+            answers = answers and self._launch_one(held)
+            if held.count:
                 self._held.put_back(held)
-            else:
-                self._held.launched(held.node_type)
+
+    def _launch_one(self, held: HeldLaunch) -> bool:
+        """Launch as much of it as may be, and take that off its count; tell whether SLURM answers."""
+        made: list[str] = []
+        try:
+            self._launch(held.node_type, held.config, held.tags, held.count, made)
+            self._held.launched(held.node_type)
+        except (LaunchDelayed, SubmitRejected, ConfigError):
+            return True
+        except SlurmError:
+            return False
+        finally:
+            held.count -= len(made)
+        return True
 
     def _refuse_at_the_end(self) -> None:
         """Raise `StateError` when nothing may be submitted any more, or not by this process."""

@@ -23,6 +23,7 @@ from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 def pytest_addoption(parser):
     parser.addoption("--all-faults", action="store_true", help="the long fault tests, too (up to an hour)")
+    parser.addoption("--fault-times", type=float, default=1.0, help="have faults last so many times as long")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.agent import network
+from ray_slurm_provider.agent.pace import Pace
 from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ class HeadWatch:
         self.known_gone = False
         self._spec = spec
         self._head_ended = head_ended
-        self._next_question = 0.0
+        self._questions = Pace(_ASK_S)
         self._head_report = ReportPaths(spec.directory).head
-        self._next_check = 0.0
+        self._checks = Pace(_CHECK_S)
         self._refused_since: float | None = None
 
     def why_not_start(self, signals: Sequence[int]) -> str:
@@ -68,26 +69,21 @@ class HeadWatch:
 
     def is_gone(self) -> bool:
         """Tell whether the head is gone for good; asks at most every five seconds."""
-        now = time.monotonic()
-        if now < self._next_check:
+        if not self._checks.due():
             return False
-        self._next_check = now + _CHECK_S
         if self._replaced():
             return True
         state = self._connection()
         if state != "refused":
             self._refused_since = None
             return state != "open" and self._ended()
+        now = time.monotonic()
         self._refused_since = self._refused_since or now
         return now - self._refused_since >= _REFUSED_S
 
     def _ended(self) -> bool:
         """Ask SLURM about a head that cannot be reached: its host may be lost."""
-        now = time.monotonic()
-        if now < self._next_question:
-            return False
-        self._next_question = now + _ASK_S
-        return self._head_ended()
+        return self._questions.due() and self._head_ended()
 
     def _connection(self) -> str:
         host, port = network.split_address(self._spec.gcs_address)

@@ -7,7 +7,6 @@ writes again.
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.files import write_atomically
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FILES = ("ray_bootstrap_config.yaml", "auth_token", "submit_env.json")
-# Their files are written once and never changed.
+# Their files are written once and never changed; one that is missing there was removed on purpose.
 _DIRECTORIES = ("tls", "births")
 _EMPTY = ("nodes", "logs")
 
@@ -55,9 +54,18 @@ class DirectoryKeeper:
         for name in _DIRECTORIES:
             directory = self._root / name
             changed = directory.stat().st_mtime_ns if directory.is_dir() else 0
-            if changed != self._directory_times.get(name, 0):
+            if changed and changed != self._directory_times.get(name):
                 self._directory_times[name] = changed
-                yield from (path for path in directory.iterdir() if path.is_file()) if changed else ()
+                self._strike_out(directory)
+                yield from (path for path in directory.iterdir() if path.is_file())
+
+    def _strike_out(self, directory: Path) -> None:
+        known = [path for path in self._known if path.parent == directory]
+        missing = [path for path in known if not path.exists()]
+        # Where none is left, the directory itself was deleted and made again.
+        if len(missing) < len(known):
+            for path in missing:
+                del self._known[path]
 
     def _remember(self, path: Path) -> None:
         changed = path.stat().st_mtime_ns
@@ -73,23 +81,3 @@ class DirectoryKeeper:
             _, text = self._known[path]
             write_atomically(path, text)
             self._known[path] = (path.stat().st_mtime_ns, text)
-
-
-class Pace:
-    """Says at most once in a while that it is time.
-
-    Args:
-        every_s: Seconds between two times.
-    """
-
-    def __init__(self, every_s: float) -> None:
-        self._every_s = every_s
-        self._next = 0.0
-
-    def due(self) -> bool:
-        """Tell whether it is time."""
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + self._every_s
-        return True

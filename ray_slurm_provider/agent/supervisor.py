@@ -36,8 +36,9 @@ from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent import kernel, network, ports, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
 from ray_slurm_provider.agent.head_watch import HeadWatch
-from ray_slurm_provider.agent.keeper import DirectoryKeeper, Pace
+from ray_slurm_provider.agent.keeper import DirectoryKeeper
 from ray_slurm_provider.agent.monitor import Monitor
+from ray_slurm_provider.agent.pace import Pace
 from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_path
 from ray_slurm_provider.agent.siblings import Siblings
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs

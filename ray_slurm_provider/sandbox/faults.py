@@ -44,6 +44,9 @@ def controller_fault(box: Sandbox, fault: str, *, forget_jobs: bool = False) -> 
     procfs.send(
         running, {"freeze": signal.SIGSTOP, "thaw": signal.SIGCONT, "crash": signal.SIGKILL}.get(fault, signal.SIGTERM)
     )
+    if fault == "stop":
+        # One that is frozen hears nothing.
+        procfs.send(running, signal.SIGCONT)
     if fault in {"stop", "crash"}:
         _wait_for_end(running, "slurmctld")
 

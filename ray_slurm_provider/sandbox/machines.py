@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import zlib
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -175,8 +176,8 @@ def _named(name: str) -> Iterable[procfs.Process]:
 
 
 def _port(name: str) -> str:
-    # At most 15 characters (IFNAMSIZ).
-    return f"p-{name}"[:15]
+    # A name of any length would not fit: at most 15 characters (IFNAMSIZ).
+    return f"p-{zlib.crc32(name.encode()):08x}"
 
 
 def _ip_path() -> str:

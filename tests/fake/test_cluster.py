@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -271,6 +272,16 @@ def test_a_type_that_goes_on_failing_pauses_until_a_person_resumes_it(
     assert login.launches.resume() == []
 
 
+def _fail_on_c7(monitor, fake_slurm, clock):
+    """Launch a worker and have it fail on a host."""
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.nodes()
+    fake_slurm.change(worker.partition("-")[0], state="FAILED", nodes="c7")
+    for _ in range(2):
+        clock.now += 2
+        monitor.nodes()
+
+
 def test_a_host_where_starts_fail_is_excluded_and_the_users_own_exclusions_stay(monitor, fake_slurm, clock):
     def start(config=CONFIG):
         (worker,) = monitor.create_workers("worker", config, WORKER, 1)
@@ -278,11 +289,7 @@ def test_a_host_where_starts_fail_is_excluded_and_the_users_own_exclusions_stay(
         return worker.partition("-")[0]
 
     for _ in range(2):
-        job = start()
-        fake_slurm.change(job, state="FAILED", nodes="c7")
-        for _ in range(2):
-            clock.now += 2
-            monitor.nodes()
+        _fail_on_c7(monitor, fake_slurm, clock)
     assert "#SBATCH --exclude=c7\n" in fake_slurm.script(start())
     assert "#SBATCH --exclude=c1,c7\n" in fake_slurm.script(start(NodeConfig(sbatch=SbatchOptions(exclude="c1"))))
     assert "--exclude" not in fake_slurm.script(start(NodeConfig(sbatch=SbatchOptions(nodelist="c7"))))
@@ -292,27 +299,14 @@ def test_a_host_where_starts_fail_is_excluded_and_the_users_own_exclusions_stay(
 
 def test_without_other_hosts_an_avoided_one_is_better_than_none(monitor, fake_slurm, clock):
     for _ in range(2):
-        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
-        monitor.nodes()
-        fake_slurm.change(worker.partition("-")[0], state="FAILED", nodes="c7")
-        for _ in range(2):
-            clock.now += 2
-            monitor.nodes()
+        _fail_on_c7(monitor, fake_slurm, clock)
     fake_slurm.faults(refuse_with={"exclude": "Requested node configuration is not available"})
     (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
     assert "--exclude" not in fake_slurm.script(worker.partition("-")[0])
 
 
 def test_a_node_that_came_up_and_settled_forgives_what_was(monitor, fake_slurm, clock):
-    def fail():
-        (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
-        monitor.nodes()
-        fake_slurm.change(worker.partition("-")[0], state="FAILED", nodes="c7")
-        for _ in range(2):
-            clock.now += 2
-            monitor.nodes()
-
-    fail()
+    _fail_on_c7(monitor, fake_slurm, clock)
     (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
     fake_slurm.change(worker.partition("-")[0], state="RUNNING", nodes="c7")
     write_report(monitor.directory.reports, NodeReport(worker, READY, ready_at=1), head=False)
@@ -399,6 +393,24 @@ def test_a_head_that_slurm_would_never_start_is_cancelled_and_the_user_told(logi
     with pytest.raises(HeadFailed, match=r"BadConstraints \(no node fulfils"):
         wait_for_head(login, head_id, tell, pytest.fail, poll_s=0, ask_s=0, clock=clock)
     assert fake_slurm.jobs()[0]["state"] == "CANCELLED"
+
+
+def test_a_diary_that_cannot_be_read_just_now_stays(login, head_id, clock, monkeypatch):
+    login.set_tags(head_id, {"x": "y"})
+    read = Path.read_text
+
+    def stale(path, *parts, **options):
+        if path.name == "state.json":
+            raise OSError(116, "Stale file handle")
+        return read(path, *parts, **options)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    clock.now += 10
+    assert head_id in login.nodes()
+    monkeypatch.undo()
+    clock.now += 10
+    assert login.nodes()[head_id].tags["x"] == "y"
 
 
 def test_a_broken_diary_is_put_aside_and_told_once(login, head_id, clock, caplog):

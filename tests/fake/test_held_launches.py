@@ -138,6 +138,25 @@ def test_a_controller_that_is_away_keeps_what_is_held(make_monitor, fake_slurm, 
     assert len(fake_slurm.jobs()) == 3
 
 
+def test_a_slurm_that_does_not_answer_is_asked_once_for_all_that_is_held(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=1)
+    _create(monitor)
+    for _ in range(3):
+        _create(monitor)
+    fake_slurm.change(2, state="RUNNING")
+    clock.now += 2
+    fake_slurm.faults(down=["sbatch"])
+    asked = fake_slurm.calls("sbatch")
+    monitor.launch_held()
+    assert fake_slurm.calls("sbatch") == asked + 1
+    fake_slurm.faults()
+    for number in (3, 4, 5):
+        monitor.launch_held()
+        fake_slurm.change(number, state="RUNNING")
+        clock.now += 2
+    assert len(fake_slurm.jobs()) == 5
+
+
 def test_a_pause_that_is_lifted_launches_at_once_what_waited(make_monitor, login, fake_slurm, clock):
     monitor = make_monitor(pause_after_failures=3)
     for _ in range(3):

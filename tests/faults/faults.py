@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 
 from support import wait_for
 
-from ray_slurm_provider import procfs
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -246,7 +244,7 @@ def _remove_directory(path):
         path.rmdir()
 
 
-def apply(fault, cluster, driver, lasts_s=None):
+def apply(fault, cluster, driver, lasts_s):
     """Make a fault at its moment, undo it, and return the seconds until all the work was done."""
 
     def no_worker():
@@ -262,7 +260,7 @@ def apply(fault, cluster, driver, lasts_s=None):
         driver.wait_for_wanted(120)
     fault.begin(cluster)
     try:
-        time.sleep(fault.lasts_s if lasts_s is None else lasts_s)
+        time.sleep(lasts_s)
     finally:
         fault.end(cluster)
     began = time.monotonic()
@@ -272,11 +270,3 @@ def apply(fault, cluster, driver, lasts_s=None):
         driver.want(1)
         driver.wait_for_wanted(240, f"the workload to recover from: {fault.name}")
     return time.monotonic() - began
-
-
-def monitors(cluster):
-    return [process for process in cluster.processes() if is_monitor(process)]
-
-
-def alive(process):
-    return procfs.alive(process)

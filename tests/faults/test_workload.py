@@ -42,9 +42,9 @@ def live(patient_bed, tmp_path_factory):
     "fault",
     [pytest.param(fault, id=fault.name, marks=[] if fault.in_ci else pytest.mark.all_faults) for fault in FAULTS],
 )
-def test_the_workload_goes_on_although(live, fault):
+def test_the_workload_goes_on_although(live, fault, request):
     cluster, checker = live
-    apply(fault, cluster, cluster.driver)
+    apply(fault, cluster, cluster.driver, fault.lasts_s * request.config.getoption("--fault-times"))
     cluster.bed.wait_until_healthy()
     assert checker.problems == []
 

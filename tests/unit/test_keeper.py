@@ -38,7 +38,30 @@ def test_what_was_deleted_comes_back_as_it_was_last(root):
     assert not keeper.tend()
 
 
-@pytest.mark.parametrize("name", ["auth_token", "births/abcdef.birth"])
+def test_a_record_that_was_struck_out_stays_away(root):
+    (root / "births" / "other.birth").write_text("{}")
+    keeper = DirectoryKeeper(root)
+    keeper.tend()
+    (root / "births" / "abcdef.birth").unlink()
+    assert not keeper.tend()
+    shutil.rmtree(root)
+    keeper.tend()
+    assert not (root / "births" / "abcdef.birth").exists()
+    assert (root / "births" / "other.birth").exists()
+
+
+def test_records_come_back_although_somebody_made_their_directory_again(root):
+    keeper = DirectoryKeeper(root)
+    keeper.tend()
+    shutil.rmtree(root)
+    (root / "births").mkdir(parents=True)
+    (root / "births" / "new.birth").write_text("{}")
+    keeper.tend()
+    assert (root / "births" / "abcdef.birth").exists()
+    assert (root / "births" / "new.birth").exists()
+
+
+@pytest.mark.parametrize("name", ["auth_token", "ray_bootstrap_config.yaml"])
 def test_a_single_file_comes_back(root, name):
     keeper = DirectoryKeeper(root)
     keeper.tend()

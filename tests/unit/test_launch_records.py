@@ -69,6 +69,9 @@ def test_after_some_failures_in_a_row_it_pauses_until_a_person_says_so():
     assert obstacle.category == "slurm-paused"
     for word in ("4 starts", "reason 3", "| last words", "ray-slurm resume"):
         assert word in str(obstacle)
+    # One of the same round that fails later changes nothing about that.
+    records.failed("w", "late", 110, born=50, pause_after=4)
+    assert records.why_not_now("w", 10**9).category == "slurm-paused"
     assert records.resume("other") == []
     assert records.resume("w") == ["w"]
     assert records.why_not_now("w", 100) is None
@@ -81,7 +84,7 @@ def test_a_host_where_starts_fail_again_and_again_is_avoided_for_a_while():
         records.failed("w", "x", 100, host="c1")
     assert records.avoided(100) == ["c1"]
     assert records.avoided(100 + HOST_AVOIDED_S) == []
-    records.resume()
+    assert records.resume("other") == ["c1"]
     assert records.avoided(100) == []
 
 

@@ -1,0 +1,25 @@
+"""Doing something only once in a while, in a loop that turns more often."""
+
+from __future__ import annotations
+
+import time
+
+
+class Pace:
+    """Says at most once in a while that it is time.
+
+    Args:
+        every_s: Seconds between two times.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Tell whether it is time."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._every_s
+        return True
