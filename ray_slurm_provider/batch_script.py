@@ -38,6 +38,7 @@ class JobSpec:
         job_name: Name in squeue.
         comment: The birth certificate; "" where it is in a file.
         token: The launch token in it.
+        count: How many such jobs; more than one are an array.
         node_type: The Ray node type.
         cluster_dir: The cluster's directory.
         options: The sbatch options of the YAML.
@@ -60,6 +61,7 @@ class JobSpec:
     node_type: str
     cluster_dir: Path
     options: SbatchOptions
+    count: int = 1
     skip: Sequence[str] = ()
     avoid: Sequence[str] = ()
     extra: Sequence[tuple[str, bool | str]] = ()
@@ -81,7 +83,9 @@ def render(spec: JobSpec) -> str:
     """
     directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
     directives += [_directive(name, value) for name, value in spec.extra]
-    return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *_body(spec)])
+    # Whether Ray's nodes are elements of an array is nobody's business in their tasks.
+    alone = [] if spec.count == 1 else ['unset "${!SLURM_ARRAY_@}"']
+    return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *alone, *_body(spec)])
 
 
 def render_process(spec: JobSpec, host: str) -> str:
@@ -122,8 +126,10 @@ def _body(spec: JobSpec) -> list[str]:
 
 def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
     """Return every directive by sbatch's long name."""
-    log = str(spec.cluster_dir / "logs").replace("%", "%%") + "/%A-" + spec.token + ".log"
+    number = "%A" if spec.count == 1 else "%A_%a"
+    log = str(spec.cluster_dir / "logs").replace("%", "%%") + f"/{number}-{spec.token}.log"
     ours: dict[str, bool | int | str] = {
+        **({"array": f"0-{spec.count - 1}"} if spec.count > 1 else {}),
         **({"comment": spec.comment} if spec.comment else {}),
         "job-name": spec.job_name,
         "no-requeue": True,

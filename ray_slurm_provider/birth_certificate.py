@@ -9,12 +9,15 @@ import json
 import secrets
 import string
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PREFIX = "ray-slurm:1:"
+_LAST_FIELD = ',"t":"'
+_END = '"}'
 # A head on the login node has no comment: it carries its certificate in its environment.
 CERTIFICATE_VARIABLE = "RAY_SLURM_CERTIFICATE"
 # SLURM refuses longer comments (measured, 22.05).
@@ -23,7 +26,7 @@ _TOKEN_LENGTH = 6
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BirthCertificate:
     """Whose job this is and what it was born as.
 
@@ -66,12 +69,26 @@ def read_certificate(comment: str) -> BirthCertificate | None:
     """Return the certificate in a job's comment, None when there is none of ours."""
     if not comment.startswith(_PREFIX):
         return None
+    # The token is what differs between the certificates of a cluster, and it stands last.
+    rest, mark, token = comment.rpartition(_LAST_FIELD)
+    if not (mark and token.endswith(_END)):
+        return None
+    common = _read_common(rest)
+    token = token[: -len(_END)]
+    if common is None or not token.isalnum():
+        return None
+    return BirthCertificate(common.cluster, common.home, token, common.head, common.tags)
+
+
+@lru_cache(maxsize=1024)
+def _read_common(text: str) -> BirthCertificate | None:
+    """Return a certificate without a token from the text before that."""
     try:
-        body = json.loads(comment[len(_PREFIX) :])
+        body = json.loads(text[len(_PREFIX) :] + "}")
         return BirthCertificate(
             cluster=str(body["c"]),
             home=str(body["d"]),
-            token=str(body["t"]),
+            token="",
             head=str(body["h"]),
             tags={str(key): str(value) for key, value in body["g"].items()},
         )

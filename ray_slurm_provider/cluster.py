@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
-from ray_slurm_provider.backends.base import Launch, Sighting
+from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.launch_script import canary_script, job_environment, preview_script
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
@@ -27,36 +27,27 @@ from ray_slurm_provider.errors import (
     NodeNotFound,
     SlurmError,
     SlurmNotFound,
-    SlurmParseError,
     StateError,
 )
 from ray_slurm_provider.ghosts import Ghosts
 from ray_slurm_provider.launch_control import LaunchControl
-from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node, join
-from ray_slurm_provider.reports import ENDED
+from ray_slurm_provider.listing import Listing
+from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE, WorkerLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ray_slurm_provider.backends.base import NodeBackend
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
+    from ray_slurm_provider.nodes import Node
 
 logger = logging.getLogger(__name__)
 
-_CACHE_S = 1.0
 _CLEANUP_TIMEOUT_S = 120.0
-# The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
-_LOST = "LOST"
-
-
-@dataclass
-class _Listing:
-    nodes: dict[str, Node] = field(default_factory=dict)
-    time: float = float("-inf")
 
 
 class Cluster:
@@ -84,15 +75,13 @@ class Cluster:
         self.settings = settings
         self.directory = ClusterDir(settings.directory(), name)
         self._environ = dict(os.environ if environ is None else environ)
-        self._clock = clock
         self._backend = backend or Places(
             SlurmJobs(self.slurm_client(), name, self.directory.fingerprint, BirthRecords(self.directory.births)),
             LoginProcess(self.directory, name),
         )
         self._lock = threading.Lock()
-        self._listing = _Listing()
-        self._known: dict[str, Node] = {}
-        self._unlisted: dict[str, Sighting] = {}
+        self._listing = Listing(self._backend, self.directory, settings, self._environ, clock)
+        self._watched: list[Node] = []
         self._ghosts = Ghosts(clock)
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
         self._launcher = WorkerLauncher(self, self._environ, clock)
@@ -109,14 +98,11 @@ class Cluster:
     def nodes(self) -> dict[str, Node]:
         """Return the nodes that wait or run, by id.
 
-        A node that was created here is listed once even when it has ended meanwhile, or when the controller has
-        forgotten it: otherwise Ray's autoscaler would wait ten minutes for it to appear.
-
         Raises:
             SlurmError: Nothing is known now.
         """
         with self._lock:
-            if self._clock() - self._listing.time > _CACHE_S:
+            if self._listing.is_due:
                 self._refresh()
             return dict(self._listing.nodes)
 
@@ -126,14 +112,14 @@ class Cluster:
         Raises:
             NodeNotFound: This cluster has never had it.
         """
-        found = self.nodes().get(node_id) or self._known.get(node_id)
+        found = self.nodes().get(node_id) or self._listing.known.get(node_id)
         if found is None:
             raise NodeNotFound(f"node {node_id} is not one of cluster {self.name}")
         return found
 
     def last_seen(self, node_id: str) -> Node:
         """Return a node from the last listing, without asking again."""
-        found = self._known.get(node_id)
+        found = self._listing.known.get(node_id)
         return found if found is not None else self.node(node_id)
 
     def is_alive(self, node_id: str) -> bool:
@@ -165,7 +151,7 @@ class Cluster:
         report = self.directory.report(node_id)
         if not why and report is not None:
             why = report.reason
-        known = self._known.get(node_id)
+        known = self._listing.known.get(node_id)
         lines = [f"{known.label if known else node_id} ended: {self._backend.how_ended(node_id)}"]
         lines += [f"  reason: {why}"] if why else []
         lines += [f"  log: {self.log_of(node_id)}"]
@@ -174,7 +160,7 @@ class Cluster:
     def forget_listing(self) -> None:
         """Ask anew at the next question."""
         with self._lock:
-            self._listing = _Listing(self._listing.nodes)
+            self._listing.ask_anew()
 
     # -- changes --------------------------------------------------------------------------------
 
@@ -196,7 +182,7 @@ class Cluster:
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
-                return self.create(self.launch(node_type, config, tags, environ))
+                return self.create(self.launch(node_type, config, tags, environ))[0]
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
             return present.node_id
@@ -237,17 +223,20 @@ class Cluster:
             environ=environ,
         )
 
-    def create(self, launch: Launch) -> str:
-        """Create a node and return its id; the next listing holds it."""
+    def batch_size(self, launch: Launch) -> int:
+        """Return how many nodes of a launch may be created at once."""
+        return self._backend.batch_size(launch)
+
+    def create(self, launch: Launch, count: int = 1) -> list[str]:
+        """Create nodes, all or none of them, and return their ids; the next listing holds them."""
         try:
-            node_id = self._backend.create(launch)
+            node_ids = self._backend.create(launch, count)
         finally:
             self.forget_listing()
-        lost = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
-        with self._lock:
-            self._unlisted[node_id] = lost
-        self.launches.launched(node_id)
-        return node_id
+        for node_id in node_ids:
+            self._listing.submitted(node_id, launch)
+            self.launches.launched(node_id)
+        return node_ids
 
     def terminate(self, node_ids: list[str]) -> None:
         """End nodes; a node that has ended already is no error.
@@ -257,12 +246,12 @@ class Cluster:
         """
         if self._is_autoscaler:
             node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(INSTANCE_VARIABLE)]
-        if any(node_id in self._known and self._known[node_id].is_head for node_id in node_ids):
+        known = self._listing.known
+        if any(node_id in known and known[node_id].is_head for node_id in node_ids):
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
         with self._lock:
-            for node_id in node_ids:
-                self._unlisted.pop(node_id, None)
+            self._listing.ending(node_ids)
         try:
             self._backend.terminate(node_ids)
         finally:
@@ -274,7 +263,8 @@ class Cluster:
             return
         with self.directory.change_diary() as diary:
             diary.tags.setdefault(node_id, {}).update(tags)
-        self.forget_listing()
+        with self._lock:
+            self._listing.look_anew()
 
     def let_head_start(self, node_id: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
@@ -293,7 +283,7 @@ class Cluster:
             nonlocal trouble
             try:
                 seen_now = self._backend.sightings()
-                self._refuse_incomplete(self._known, {seen.node_id for seen in seen_now})
+                self._listing.refuse_without(self._listing.known, {seen.node_id for seen in seen_now})
                 left = [seen for seen in seen_now if seen.alive or seen.state == "COMPLETING"]
                 # The autoscaler may have submitted while the head was being cancelled.
                 self._backend.terminate([seen.node_id for seen in left if seen.alive])
@@ -315,50 +305,24 @@ class Cluster:
     # -- inside ---------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        """Ask once and make the new listing; the lock is held."""
-        own = self._environ.get(INSTANCE_VARIABLE, "")
-        before = self._listing.nodes
-        sightings = self._backend.sightings()
-        seen_ids = {seen.node_id for seen in sightings}
-        sightings += [lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids]
-        inside = self._environ.get("RAY_SLURM_DIR") == str(self.directory.root)
-        if inside and own not in seen_ids:
-            raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {own}")
-        only_head = own if inside else ""
+        """Look at the nodes, and do what follows from what is seen; the lock is held."""
         diary = self.directory.diary()
-        found = join(sightings, diary, self.directory.report, only_head)
-        suspects = {*before, *self._unlisted}
-        if not inside:
-            # A process that has just begun remembers nothing; the directory does.
-            suspects |= {*diary.tags, *self._head_that_said_so()}
-        self._refuse_incomplete(suspects, seen_ids)
+        changed = self._listing.look(diary.tags)
         self.launches.take_over(diary.launches)
-        for node_id, node in found.items():
-            if not node.seen.alive and node_id in before:
-                self._note_end(node)
-            elif node.ready and self._is_autoscaler and not node.is_head:
+        for node in self._listing.ended:
+            self._note_end(node)
+        if not self._is_autoscaler:
+            return
+        if changed:
+            workers = (node for node in self._listing.nodes.values() if not node.is_head and node.seen.alive)
+            self._watched = [node for node in workers if self.launches.watches(node) or self._ghosts.suspects(node)]
+        for node in self._watched:
+            if node.ready:
                 self.launches.ready(node)
-        if self._is_autoscaler:
-            self._withdraw(found.values())
-        listed = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
-        self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in listed}
-        self._known.update(found)
-        self._listing = _Listing(listed, self._clock())
+        self._withdraw(self._watched)
 
-    def _refuse_incomplete(self, before: Iterable[str], seen_ids: set[str]) -> None:
-        """Ask a second time about every node that the answer does not hold: unknown is not gone."""
-        for node_id in before:
-            if node_id not in seen_ids and self._backend.exists(node_id):
-                raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
-
-    def _head_that_said_so(self) -> set[str]:
-        """Return the head by its own report, when that does not say that it ended."""
-        report = self.directory.head_report()
-        return {report.node_id} if report is not None and report.phase != ENDED else set()
-
-    def _withdraw(self, nodes: Iterable[Node]) -> None:
+    def _withdraw(self, workers: Sequence[Node]) -> None:
         """Cancel jobs that SLURM would never start, and those that ended without its notice: Ray counts on them."""
-        workers = [node for node in nodes if node.seen.alive and not node.is_head]
         doomed = [*self.launches.hopeless(workers), *self._ghosts.among(workers)]
         if not doomed:
             return

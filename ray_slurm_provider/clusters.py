@@ -98,11 +98,11 @@ def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, st
     births = [BirthRecords(directory.births) for directory in directories if directory.births.is_dir()]
     for directory in directories:
         found[directory.root.name, directory.fingerprint].directory = directory
-    for job in client.jobs():
-        in_files = (record for known in births if (record := known.of_job(job.name)) is not None)
-        certificate = read_certificate(job.comment) or next(in_files, None)
-        if certificate is not None and job.alive:
-            found[certificate.cluster, certificate.home].jobs.append((certificate, job))
+    for row in client.jobs():
+        in_files = (record for known in births if (record := known.of_job(row.name)) is not None)
+        certificate = read_certificate(row.comment) or next(in_files, None)
+        if certificate is not None and row.alive:
+            found[certificate.cluster, certificate.home].jobs += ((certificate, job) for job in row.elements())
     for (name, _), entry in found.items():
         if entry.directory is None:
             entry.directory = _directory_of(client, entry.jobs[0][1], name)

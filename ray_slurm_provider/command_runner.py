@@ -216,8 +216,11 @@ class SlurmCommandRunner(CommandRunnerInterface):
                 f"the head runs on {report.host}, and this is {host_name()}: log in there, or set"
                 " provider.slurm.command_runner: ssh"
             )
-        tools = self._cluster.slurm_client().tools
-        return SrunShell(exports, tools.path_of("srun"), job_id_of(self._node_id), tools.cluster)
+        slurm, job_id = self._cluster.slurm_client(), job_id_of(self._node_id)
+        if "_" in job_id:
+            # srun knows an element of an array by its own number only.
+            job_id = slurm.job_facts(job_id).get("JobId", job_id)
+        return SrunShell(exports, slurm.tools.path_of("srun"), job_id, slurm.tools.cluster)
 
     def _agent_socket(self) -> str:
         report = self._cluster.directory.report(self._node_id)

@@ -122,8 +122,13 @@ class SlurmSettings(Section):
     """How commands get to a node: ``srun`` into its allocation, or ``ssh`` to its host."""
     ssh_args: list[Line] = []
     """Further arguments for ``ssh``, for example ``-p`` and ``2222``; Ray's section ``auth`` counts too."""
-    update_interval_s: Annotated[int, Field(ge=1, le=3600)] = 5
-    """Seconds between two rounds of Ray's autoscaler, each of which asks squeue once."""
+    update_interval_s: Annotated[int, Field(ge=1, le=3600)] = 2
+    """Seconds between two rounds of Ray's autoscaler."""
+    busy_listing_interval_s: Annotated[int, Field(ge=1, le=3600)] = 10
+    """Seconds after which the autoscaler asks squeue again while a job waits, starts or ends."""
+    listing_interval_s: Annotated[int, Field(ge=1, le=3600)] = 60
+    """Seconds after which it asks again while nothing changes; what the jobs write about themselves makes it ask at
+    once."""
     withdraw_after_s: Annotated[int, Field(ge=0)] = 300
     """Seconds after which a queued job that nobody needs any more is cancelled."""
     sbatch_skip: list[Line] = []
@@ -145,6 +150,8 @@ class SlurmSettings(Section):
     name."""
     clusters: Line | None = None
     """Name of the SLURM cluster, where one set of tools speaks to several (``--clusters``)."""
+    job_arrays: bool = True
+    """Whether workers that are asked for at the same time are submitted as one job array."""
     drain_s: Annotated[int, Field(ge=0, le=3600)] = 60
     """Seconds before the time limit at which Ray is told to move its work away; 0 to be surprised."""
     command_timeout_s: Annotated[int, Field(ge=1)] = 60

@@ -33,14 +33,14 @@ class Ghosts:
         self._clock = clock
         self._since: dict[str, float] = {}
 
+    def suspects(self, node: Node) -> bool:
+        """Tell whether a node runs by SLURM's word, and has ended by its own."""
+        return node.seen.alive and not node.seen.queued and node.report is not None and node.report.phase == ENDED
+
     def among(self, nodes: Iterable[Node]) -> list[str]:
-        """Return those that run by SLURM's word, and whose own agents said long ago that they have ended."""
+        """Return those that said long ago that they have ended, and still run by SLURM's word."""
         now = self._clock()
-        doubtful = {
-            node.node_id
-            for node in nodes
-            if node.seen.alive and not node.seen.queued and node.report is not None and node.report.phase == ENDED
-        }
+        doubtful = {node.node_id for node in nodes if self.suspects(node)}
         self._since = {node_id: self._since.get(node_id, now) for node_id in doubtful}
         found = [node_id for node_id, since in self._since.items() if now - since >= _LASTS_S]
         for node_id in found:

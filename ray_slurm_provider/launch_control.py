@@ -50,6 +50,7 @@ class LaunchControl:
         self._unsaved = False
         self._born: dict[str, float] = {}
         self._ready_since: dict[str, float] = {}
+        self._settled: set[str] = set()
         self._hopeless_since: dict[str, float] = {}
 
     def take_over(self, records: LaunchRecords) -> None:
@@ -83,10 +84,17 @@ class LaunchControl:
         else:
             self._change(lambda records: records.refused(node_type, error.complaint, now, error.launch_category))
 
+    def watches(self, node: Node) -> bool:
+        """Tell whether a living node is one of those that `ready` or `hopeless` want to see again and again."""
+        if node.seen.queued:
+            return waits_for_ever(node.seen.reason) or node.node_id in self._hopeless_since
+        return node.ready and node.node_id not in self._settled
+
     def ready(self, node: Node) -> None:
         """Note that Ray runs on a node; when it has for a while, its type and its host are forgiven."""
         since = self._ready_since.setdefault(node.node_id, self._clock())
-        if self._clock() - since >= SETTLED_S:
+        if self._clock() - since >= SETTLED_S and node.node_id not in self._settled:
+            self._settled.add(node.node_id)
             self._succeeded(node)
 
     def ended(self, node: Node, reason: str, log: list[str]) -> bool:
@@ -100,6 +108,7 @@ class LaunchControl:
         since = self._ready_since.pop(node.node_id, None)
         born = self._born.pop(node.node_id, None)
         self._hopeless_since.pop(node.node_id, None)
+        self._settled.discard(node.node_id)
         failed = bool(reason) or node.seen.state not in _NO_FAILURE
         now = self._clock()
         settled = node.came_up and (since is None or now - since >= SETTLED_S)

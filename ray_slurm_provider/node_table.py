@@ -14,6 +14,7 @@ from rich.table import Table
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.progress import queue_places, waits_for
+from ray_slurm_provider.slurm.parse import time_left
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,7 @@ def _row(cluster: Cluster, node: Node, place: QueuePlace | None) -> NodeRow:
         waits_for=", ".join(waits_for(node, place)),
         host=node.seen.place,
         address=report.address if report else "",
-        time_left=node.seen.time_left,
+        time_left=time_left(node.seen.end, node.seen.time_limit, time.time()),
         start=node.seen.start,
         log=str(cluster.log_of(node.node_id)),
     )

@@ -10,10 +10,9 @@ from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.reports import READY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from ray_slurm_provider.backends.base import Sighting
-    from ray_slurm_provider.cluster_dir import Diary
     from ray_slurm_provider.reports import NodeReport
 
 # Ray's own names (ray/autoscaler/tags.py); the contract tests compare them.
@@ -24,7 +23,7 @@ KIND_HEAD = "head"
 STATUS_UP_TO_DATE = "up-to-date"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Node:
     """A Ray node of the cluster.
 
@@ -49,6 +48,11 @@ class Node:
     def ready(self) -> bool:
         """Whether Ray runs there."""
         return self.report is not None and self.report.phase == READY
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is expected to change: it runs, and Ray with it."""
+        return self.ready and self.seen.alive and not self.seen.queued
 
     @property
     def came_up(self) -> bool:
@@ -77,26 +81,28 @@ class Node:
 
 def join(
     sightings: Iterable[Sighting],
-    diary: Diary,
-    report_of: Callable[[str], NodeReport | None],
+    changes: Mapping[str, Mapping[str, str]],
+    reports: Mapping[str, NodeReport | None],
     only_head: str = "",
 ) -> dict[str, Node]:
     """Return the cluster's nodes, alive or just ended, by id.
 
     Args:
         sightings: What the backend sees; this alone decides what exists.
-        diary: Tags that changed.
-        report_of: Reads a node's report.
+        changes: Tags that changed since birth, by node id.
+        reports: What nodes say of themselves, by node id.
         only_head: Leave out the workers of other heads; "" for all.
     """
     nodes = {}
     for seen in sightings:
         if only_head and only_head not in (seen.head, seen.node_id):
             continue
-        report = report_of(seen.node_id)
-        tags = dict(seen.birth_tags)
+        node_id = seen.node_id
+        report = reports.get(node_id)
+        tags = seen.birth_tags
         if report is not None and report.phase == READY:
-            tags[TAG_STATUS] = STATUS_UP_TO_DATE
-        tags.update(diary.tags.get(seen.node_id, {}))
-        nodes[seen.node_id] = Node(seen.node_id, tags, seen, report)
+            tags = {**tags, TAG_STATUS: STATUS_UP_TO_DATE}
+        if node_id in changes:
+            tags = {**tags, **changes[node_id]}
+        nodes[node_id] = Node(node_id, tags, seen, report)
     return nodes

@@ -152,17 +152,27 @@ class WorkerLauncher:
             avoid=self._cluster.launches.avoided(),
         )
         try:
-            made.extend(self._create_worker(launch) for _ in range(count))
+            self._create_in_batches(launch, count, made)
         except SubmitRejected as error:
             self._cluster.launches.rejected(node_type, error)
             raise
 
-    def _create_worker(self, launch: Launch) -> str:
-        """Create a node; without any others it may start on those that are to be avoided."""
-        try:
-            return self._cluster.create(launch)
-        except SubmitRejected as error:
-            if not launch.avoid or error.not_now:
-                raise
-            logger.warning("without %s sbatch refuses type %s", ",".join(launch.avoid), launch.node_type)
-            return self._cluster.create(replace(launch, avoid=()))
+    def _create_in_batches(self, launch: Launch, count: int, made: list[str]) -> None:
+        """Create nodes, as many at once as may be; where a limit on jobs is near, as many as fit below it."""
+        largest = self._cluster.batch_size(launch) if count > 1 else 1
+        left = count
+        while left:
+            batch = min(left, largest)
+            try:
+                made.extend(self._cluster.create(launch, batch))
+                left -= batch
+            except SubmitRejected as error:
+                if batch > 1:
+                    # Perhaps the site takes no arrays at all.
+                    largest = batch // 2 if error.not_now or error.category == "array" else 1
+                elif launch.avoid and not error.not_now:
+                    # If there are no others, it may start on those that are to be avoided.
+                    logger.warning("without %s sbatch refuses type %s", ",".join(launch.avoid), launch.node_type)
+                    launch = replace(launch, avoid=())
+                else:
+                    raise

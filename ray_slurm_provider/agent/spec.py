@@ -61,7 +61,7 @@ class AgentSpec:
     service_ports: str = ""
     worker_ports: str = ""
     autoscaler_v1: bool = False
-    update_interval_s: int = 5
+    update_interval_s: int = 2
     withdraw_after_s: int = 300
     drain_s: int = 60
     slurm_bin: str = ""

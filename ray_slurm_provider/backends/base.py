@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sighting:
     """What a backend sees of one node of the cluster.
 
@@ -26,7 +26,8 @@ class Sighting:
         reason: Why it is so; may be "".
         place: Where it runs; "" while it waits.
         start: When it started or may start; may be "".
-        time_left: What is left of its time limit; may be "".
+        time_limit: How long it may run; may be "".
+        end: When it ends at the latest, or has ended; may be "".
     """
 
     node_id: str
@@ -38,7 +39,8 @@ class Sighting:
     reason: str = ""
     place: str = ""
     start: str = ""
-    time_left: str = ""
+    time_limit: str = ""
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,17 @@ class NodeBackend(Protocol):
     def sightings(self) -> list[Sighting]:
         """Return the cluster's nodes, also those that ended a short while ago.
 
+        When nothing has changed since the last question, this is the very same list: leave it as it is.
+
         Raises:
             SlurmError: Nothing is known now. Never an incomplete list.
         """
 
-    def create(self, launch: Launch) -> str:
-        """Create a node and return its id; the next `sightings` holds it."""
+    def batch_size(self, launch: Launch) -> int:
+        """Return how many nodes of a launch one `create` may make."""
+
+    def create(self, launch: Launch, count: int = 1) -> list[str]:
+        """Create nodes, all or none of them, and return their ids; the next `sightings` holds them."""
 
     def terminate(self, node_ids: Sequence[str]) -> None:
         """End nodes; one that has ended already is no error."""

@@ -38,8 +38,13 @@ def new_certificate(launch: Launch, token: str = "") -> BirthCertificate:
     return BirthCertificate(launch.cluster, launch.home, token or new_token(), launch.head, tags)
 
 
-def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
+def job_spec(launch: Launch, certificate: BirthCertificate, count: int = 1) -> JobSpec:
     """Return what the script of this launch says.
+
+    Args:
+        launch: The launch.
+        certificate: The birth certificate of its jobs.
+        count: How many jobs; more than one are an array.
 
     Raises:
         ConfigError: The names are too long for a job's comment.
@@ -57,6 +62,7 @@ def job_spec(launch: Launch, certificate: BirthCertificate) -> JobSpec:
         job_name=f"{name}-{certificate.token}" if in_file else name,
         comment="" if in_file else certificate_text(launch, certificate),
         token=certificate.token,
+        count=count,
         node_type=launch.node_type,
         cluster_dir=launch.cluster_dir,
         options=launch.config.sbatch,

@@ -81,7 +81,11 @@ class LoginProcess:
             )
         ]
 
-    def create(self, launch: Launch) -> str:
+    def batch_size(self, launch: Launch) -> int:  # noqa: ARG002 whatever it is
+        """See `NodeBackend`."""
+        return 1
+
+    def create(self, launch: Launch, count: int = 1) -> list[str]:  # noqa: ARG002 there is one head
         """Start the head on this host, detached from the terminal."""
         certificate = new_certificate(launch)
         text = certificate_text(launch, certificate)
@@ -100,7 +104,7 @@ class LoginProcess:
         head = _record(certificate, child.pid, text)
         self._remember(head)
         logger.info("started %s as process %d", head.node_id, child.pid)
-        return head.node_id
+        return [head.node_id]
 
     def terminate(self, node_ids: Sequence[str]) -> None:
         """End the head and everything below it; one that has ended already is no error."""

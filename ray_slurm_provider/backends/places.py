@@ -24,15 +24,26 @@ class Places:
     def __init__(self, jobs: SlurmJobs, login: LoginProcess) -> None:
         self._jobs = jobs
         self._login = login
+        self._last_login: list[Sighting] = []
+        self._last_jobs: list[Sighting] = []
+        self._all: list[Sighting] = []
 
     def sightings(self) -> list[Sighting]:
         """Return the nodes of all places, or raise when one of them is silent."""
-        return [*self._login.sightings(), *self._jobs.sightings()]
+        login, jobs = self._login.sightings(), self._jobs.sightings()
+        if not login:
+            return jobs
+        if login != self._last_login or jobs is not self._last_jobs:
+            self._last_login, self._last_jobs, self._all = login, jobs, [*login, *jobs]
+        return self._all
 
-    def create(self, launch: Launch) -> str:
-        """Create a node in the place that its configuration names."""
-        place: NodeBackend = self._login if launch.config.placement == "login_node" else self._jobs
-        return place.create(launch)
+    def batch_size(self, launch: Launch) -> int:
+        """Return how many nodes of a launch may be made at once in the place that its configuration names."""
+        return self._place_for(launch).batch_size(launch)
+
+    def create(self, launch: Launch, count: int = 1) -> list[str]:
+        """Create nodes in the place that their configuration names."""
+        return self._place_for(launch).create(launch, count)
 
     def terminate(self, node_ids: Sequence[str]) -> None:
         """End nodes, the jobs first: they shall not see their head go."""
@@ -48,6 +59,9 @@ class Places:
     def how_ended(self, node_id: str) -> str:
         """Return how a node ended, as its place says."""
         return self._place_of(node_id).how_ended(node_id)
+
+    def _place_for(self, launch: Launch) -> NodeBackend:
+        return self._login if launch.config.placement == "login_node" else self._jobs
 
     def _place_of(self, node_id: str) -> NodeBackend:
         return self._login if node_id.startswith(PREFIX) else self._jobs

@@ -12,7 +12,7 @@ from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.birth_certificate import BirthCertificate
@@ -38,19 +38,40 @@ class SlurmJobs:
         self._cluster = cluster
         self._home = home
         self._births = births
+        self._rows: list[Job] = []
+        self._sightings: list[Sighting] = []
+        self._largest_array: int | None = None
 
     def sightings(self) -> list[Sighting]:
         """Return this cluster's jobs, by one squeue."""
-        return [sighting for job in self._client.jobs() if (sighting := self._sighting(job)) is not None]
+        rows = self._client.jobs()
+        if rows is not self._rows:
+            self._rows, self._sightings = rows, [sighting for row in rows for sighting in self._of_row(row)]
+        return self._sightings
 
-    def create(self, launch: Launch) -> str:
-        """Submit a job.
+    def batch_size(self, launch: Launch) -> int:
+        """Return how many elements an array of such jobs may have.
 
-        An sbatch that gave no answer may have submitted all the same: the job is then looked for by its
+        Autoscaler v1 tells nodes apart by a number that is made of their token, so each needs its own.
+
+        Raises:
+            SlurmError: SLURM does not say.
+        """
+        if not launch.head or launch.autoscaler_v1 or not launch.settings.job_arrays:
+            return 1
+        if self._largest_array is None:
+            configured = self._client.configuration().get("MaxArraySize", "")
+            self._largest_array = max(int(configured), 1) if configured.isdigit() else 1
+        return self._largest_array
+
+    def create(self, launch: Launch, count: int = 1) -> list[str]:
+        """Submit a job, or several as an array.
+
+        An sbatch that gave no answer may have submitted all the same: the jobs are then looked for by their
         token, so that none is lost and none is submitted twice.
         """
         certificate = new_certificate(launch)
-        script = render(job_spec(launch, certificate))
+        script = render(job_spec(launch, certificate, count))
         in_file = launch.settings.birth_record == "file"
         if in_file:
             self._births.save(certificate)
@@ -65,9 +86,9 @@ class SlurmJobs:
         if not launch.head:
             # Whoever watches `ray up` is told; workers are submitted by the head, in the same way.
             self._refuse_unrecognised(certificate, job_id)
-        node_id = certificate.node_id(job_id)
-        logger.info("submitted job %s (%s) as node %s", job_id, launch.node_type, node_id)
-        return node_id
+        job_ids = [job_id] if count == 1 else [f"{job_id}_{index}" for index in range(count)]
+        logger.info("submitted job %s (%d nodes of type %s)", job_id, count, launch.node_type)
+        return [certificate.node_id(job_id) for job_id in job_ids]
 
     def terminate(self, node_ids: Sequence[str]) -> None:
         """Cancel jobs, each only if the job of that id still is ours: SLURM gives ids out again."""
@@ -117,23 +138,26 @@ class SlurmJobs:
         for job in self._client.jobs():
             found = self._certificate(job.comment, job.name)
             if found is not None and found.token == certificate.token and found.home == certificate.home:
-                logger.warning("sbatch gave no answer, but job %s was submitted", job.job_id)
-                return job.job_id
+                number = job.job_id.partition("_")[0]
+                logger.warning("sbatch gave no answer, but job %s was submitted", number)
+                return number
         raise SlurmUnavailable(["sbatch"], None, "", "no answer, and no job was submitted")
 
-    def _sighting(self, job: Job) -> Sighting | None:
-        certificate = self._certificate(job.comment, job.name)
-        if certificate is None or (certificate.cluster, certificate.home) != (self._cluster, self._home):
-            return None
-        return Sighting(
-            node_id=certificate.node_id(job.job_id),
-            head=certificate.head,
-            birth_tags=certificate.tags,
-            alive=job.alive,
-            queued=job.queued,
-            state=job.state.label,
-            reason=job.reason,
-            place=job.nodes,
-            start=job.start,
-            time_left=job.time_left,
-        )
+    def _of_row(self, row: Job) -> Iterator[Sighting]:
+        certificate = self._certificate(row.comment, row.name)
+        if certificate is None or certificate.cluster != self._cluster or certificate.home != self._home:
+            return
+        for job in row.elements():
+            yield Sighting(
+                certificate.node_id(job.job_id),
+                certificate.head,
+                certificate.tags,
+                alive=job.alive,
+                queued=job.queued,
+                state=job.state.label,
+                reason=job.reason,
+                place=job.nodes,
+                start=job.start,
+                time_limit=job.time_limit,
+                end=job.end,
+            )

@@ -11,13 +11,14 @@ from ray_slurm_provider.slurm import parse
 from ray_slurm_provider.slurm.process import SlurmTools
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ray_slurm_provider.slurm.process import Completed
     from ray_slurm_provider.slurm.types import Job, JobEnd, QueuePlace
 
 # sbatch's own words, and the category we give them; the first that fits wins.
 _REJECTIONS = (
+    ("Invalid job array specification", "array"),
     ("Invalid partition name", "partition"),
     ("invalid partition specified", "partition"),
     ("time limit is invalid", "time-limit"),
@@ -56,15 +57,24 @@ class SlurmClient:
 
     def __init__(self, tools: SlurmTools | None = None) -> None:
         self.tools = tools or SlurmTools()
+        self._last: tuple[str | None, list[Job]] = (None, [])
 
     def jobs(self) -> list[Job]:
-        """Return this user's jobs, also the ended ones that the controller remembers (MinJobAge)."""
+        """Return this user's jobs, also the ended ones that the controller remembers (MinJobAge).
+
+        The elements of an array that wait are one row, see `Job.elements`. When the answer is the same as the one
+        before, so is the list: leave it as it is.
+        """
         argv = squeue_argv()
-        done = self.tools.run(argv)
+        text = self.tools.run(argv).stdout
+        if text == self._last[0]:
+            return self._last[1]
         try:
-            return parse.parse_squeue(done.stdout)
+            jobs = parse.parse_squeue(text)
         except ValueError as error:
-            raise SlurmParseError(argv, 0, done.stdout, f"{error}; squeue printed {done.stdout[:200]!r}") from error
+            raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
+        self._last = (text, jobs)
+        return jobs
 
     def queue(self) -> dict[str, QueuePlace]:
         """Return the place of each waiting job of everybody, by job id; nothing where jobs are private."""
@@ -146,7 +156,7 @@ class SlurmClient:
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         """End jobs; one that has ended already, or that nobody knows, is no error."""
-        ids = list(job_ids)
+        ids = list(grouped(job_ids))
         for start in range(0, len(ids), _CANCEL_BATCH):
             self.tools.run(["scancel", "--quiet", *ids[start : start + _CANCEL_BATCH]])
 
@@ -191,7 +201,7 @@ class SlurmClient:
 
 
 def squeue_argv() -> list[str]:
-    """Return the one listing question: all of this user's jobs, ended ones too, array elements one by one.
+    """Return the one listing question: all of this user's jobs, ended ones too.
 
     The user is named by number: a user name may be cut or unknown to the controller's host.
     """
@@ -201,10 +211,24 @@ def squeue_argv() -> list[str]:
         str(os.getuid()),
         "--states",
         "all",
-        "--array",
         "--format",
         parse.SQUEUE_FORMAT,
     ]
+
+
+def grouped(job_ids: Iterable[str]) -> Iterator[str]:
+    """Return job ids with the elements of each array as one word: scancel makes one request for each."""
+    arrays: dict[str, list[str]] = {}
+    for job_id in job_ids:
+        number, _, index = job_id.partition("_")
+        if index.isdigit():
+            arrays.setdefault(number, []).append(index)
+        else:
+            yield job_id
+    for number, indices in arrays.items():
+        for start in range(0, len(indices), _CANCEL_BATCH):
+            batch = indices[start : start + _CANCEL_BATCH]
+            yield f"{number}_[{','.join(batch)}]" if len(batch) > 1 else f"{number}_{batch[0]}"
 
 
 def rejection_category(stderr: str) -> str:

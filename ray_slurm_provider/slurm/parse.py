@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState, QueuePlace
 
 SEPARATOR = "\x1f"
 
-# Free text stands last: a newline or a separator inside it cannot move another field.
-SQUEUE_FIELDS = ("%i", "%T", "%r", "%P", "%N", "%L", "%S", "%j", "%k")
+# Free text stands last: a newline or a separator inside it cannot move another field. Nothing here changes while a job
+# runs, so that an answer like the one before needs no reading.
+SQUEUE_FIELDS = ("%i", "%T", "%r", "%P", "%N", "%l", "%e", "%S", "%j", "%k")
 SQUEUE_FORMAT = SEPARATOR.join(SQUEUE_FIELDS)
 # The first word of squeue's header: the header proves that squeue itself answered.
 _HEADER_START = "JOBID" + SEPARATOR + "STATE" + SEPARATOR
 
 _ANY_JOB_ID = re.compile(r"\d+(_(\d+|\[.*\]))?(\+\d+)?$")
+_CUT_ARRAY = re.compile(r"\d+_\[[^\]]*$")
 _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
 _NOTHING = frozenset({"", "None", "N/A", "(null)", "INVALID", "NOT_SET", "Unknown"})
 # What the state of a SLURM node says when no job can start there (scontrol(1), NODES).
@@ -32,7 +35,7 @@ def parse_squeue(text: str) -> list[Job]:
         text: The output, header first.
 
     Raises:
-        ValueError: This is not a complete answer of squeue: no header, or a last line cut short.
+        ValueError: This is not a complete answer of squeue: no header, or a line cut short.
     """
     if not text.endswith("\n"):
         raise ValueError("the last line is not complete")
@@ -46,16 +49,19 @@ def parse_squeue(text: str) -> list[Job]:
 
 def _parse_row(line: str) -> Job | None:
     fields = line.split(SEPARATOR, len(SQUEUE_FIELDS) - 1)
-    if len(fields) != len(SQUEUE_FIELDS) or not _ANY_JOB_ID.match(fields[0]):
+    if len(fields) != len(SQUEUE_FIELDS) or not (fields[0].isdigit() or _ANY_JOB_ID.match(fields[0])):
+        if len(fields) == len(SQUEUE_FIELDS) and _CUT_ARRAY.match(fields[0]):
+            raise ValueError(f"the elements of an array are not all named: {fields[0][-40:]}")
         return None
-    job_id, state, reason, partition, nodes, left, start, name, comment = fields
+    job_id, state, reason, partition, nodes, limit, end, start, name, comment = fields
     return Job(
         job_id=job_id,
         state=JobState.of(state),
         reason=_known(reason),
         partition=partition,
         nodes=_known(nodes),
-        time_left=_known(left),
+        time_limit=_known(limit),
+        end=_known(end),
         start=_known(start),
         name=name,
         comment="" if comment == "(null)" else comment,
@@ -63,7 +69,7 @@ def _parse_row(line: str) -> Job | None:
 
 
 def _known(word: str) -> str:
-    return "" if word.strip() in _NOTHING else word.strip()
+    return "" if word in _NOTHING or (word := word.strip()) in _NOTHING else word
 
 
 def parse_queue(text: str) -> dict[str, QueuePlace]:
@@ -176,6 +182,20 @@ def format_time(seconds: int) -> str:
     days, rest = divmod(seconds, 86400)
     text = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}-{text}" if days else text
+
+
+def time_left(end: str, time_limit: str, now: float) -> str:
+    """Return how long a job may still run, "" when that is unknown.
+
+    Args:
+        end: When it ends at the latest, as squeue prints it on this host; its limit counts when it has not started.
+        time_limit: Its limit, as squeue prints it.
+        now: Seconds since the epoch.
+    """
+    try:
+        return format_time(max(0, round(datetime.fromisoformat(end).timestamp() - now)))
+    except ValueError:
+        return time_limit
 
 
 def parse_gpus(text: str | int) -> tuple[int, str]:

@@ -103,6 +103,8 @@ class SlurmTools:
         env = clean_environment(self.environ if environ is None else environ)
         if self.cluster:
             env["SLURM_CLUSTERS"] = self.cluster
+        # Unless told otherwise, squeue cuts the list of an array's elements to 64 characters.
+        env["SLURM_BITSTR_LEN"] = "0"
         command = (*self.prefix, self.path_of(argv[0]), *argv[1:])
         _require_configuration(command, env)
         started = time.monotonic()

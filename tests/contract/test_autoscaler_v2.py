@@ -19,7 +19,8 @@ from ray_slurm_provider.ray_contract import prepare_config
 
 @pytest.fixture
 def config(tmp_path):
-    return bootstrap.resolve(prepare_config(cluster_config("c", tmp_path / "state")))
+    eager = {"listing_interval_s": 1, "busy_listing_interval_s": 1}
+    return bootstrap.resolve(prepare_config(cluster_config("c", tmp_path / "state", slurm=eager)))
 
 
 @pytest.fixture
@@ -83,6 +84,7 @@ def test_a_controller_that_is_away_makes_the_listing_fail_and_not_shrink(adapter
     with pytest.raises(Exception, match="Unable to contact"):
         adapter.get_non_terminated()
     fake_slurm.faults()
+    time.sleep(1.1)  # and leaves a sick controller in peace for as long
     assert set(adapter.get_non_terminated()) == before
 
 

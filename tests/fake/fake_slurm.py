@@ -56,16 +56,22 @@ def sbatch(faults):
     for name, words in faults.get("refuse_with", {}).items():
         if name in options:
             sys.exit(f"sbatch: error: Batch job submission failed: {words}")
-    number = str(max([int(job["id"]) for job in jobs], default=0) + 1)
-    jobs.append(
+    number = str(max([int(job["id"].partition("_")[0]) for job in jobs], default=0) + 1)
+    last = int(options["array"].removeprefix("0-")) if "array" in options else 0
+    if last >= faults.get("max_array_size", 1001):
+        sys.exit("sbatch: error: Batch job submission failed: Invalid job array specification")
+    if len([job for job in jobs if job["state"] == "PENDING"]) + last >= faults.get("max_submit", 10**9):
+        sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates")
+    jobs += (
         {
-            "id": number,
+            "id": f"{number}_{index}" if "array" in options else number,
             "state": "PENDING",
             "name": options["job-name"],
             "comment": faults.get("comment", options.get("comment", "(null)")),
             "options": options,
             "cluster": os.environ.get("SLURM_CLUSTERS", ""),
         }
+        for index in range(last + 1)
     )
     save("jobs.json", jobs)
     (HERE / f"script-{number}.sh").write_text(script)
@@ -79,21 +85,34 @@ def squeue(faults):
     if faults.get("squeue") not in (None, "half"):
         sys.stdout.write(faults["squeue"])
         return
-    rows = [["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]]
+    rows = [
+        [
+            "JOBID",
+            "STATE",
+            "REASON",
+            "PARTITION",
+            "NODELIST",
+            "TIME_LIMIT",
+            "END_TIME",
+            "START_TIME",
+            "NAME",
+            "COMMENT",
+        ],
+    ]
     rows += [
         [
-            job["id"],
+            row_id,
             job["state"],
             job.get("reason", "None"),
             "cpu",
             job.get("nodes", ""),
             "1:00:00",
             "N/A",
+            "N/A",
             job["name"],
             job["comment"],
         ]
-        for job in load("jobs.json", [])
-        if not job.get("forgotten")
+        for row_id, job in rows_of([job for job in load("jobs.json", []) if not job.get("forgotten")])
     ]
     text = "".join(SEPARATOR.join(row) + "\n" for row in rows)
     if "SLURM_CLUSTERS" in os.environ:
@@ -101,10 +120,31 @@ def squeue(faults):
     sys.stdout.write(text[:-40] if faults.get("squeue") == "half" else text)
 
 
+def rows_of(jobs):
+    """Yield ids and jobs as squeue lists them: the elements of an array that wait are one row."""
+    waiting = {}
+    for job in jobs:
+        number, _, index = job["id"].partition("_")
+        if index and job["state"] == "PENDING":
+            waiting.setdefault(number, (job, []))[1].append(index)
+        else:
+            yield job["id"], job
+    for number, (job, indices) in waiting.items():
+        yield f"{number}_[{','.join(indices)}]", job
+
+
+def named(words):
+    """Yield the ids that words of scancel stand for."""
+    for word in words:
+        number, bracket, indices = word.partition("_[")
+        yield from (f"{number}_{index}" for index in indices.rstrip("]").split(",")) if bracket else [word]
+
+
 def scancel(faults):
     jobs = load("jobs.json", [])
+    doomed = set(named(sys.argv[1:]))
     for job in jobs:
-        if job["id"] in sys.argv[1:] and job["state"] in ("PENDING", "RUNNING"):
+        if doomed & {job["id"], job["id"].partition("_")[0]} and job["state"] in ("PENDING", "RUNNING"):
             job["state"] = "CANCELLED"
     save("jobs.json", jobs)
 
@@ -112,6 +152,9 @@ def scancel(faults):
 def scontrol(faults):
     if sys.argv[1:2] == ["ping"]:
         print("Slurmctld(primary) at fake is UP")
+        return
+    if sys.argv[1:3] == ["show", "config"]:
+        print(f"MaxArraySize            = {faults.get('says_max_array_size', 1001)}")
         return
     for job in load("jobs.json", []):
         if job["id"] == sys.argv[-1] and not job.get("purged"):

@@ -12,6 +12,8 @@ from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
 WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
+# The autoscaler asks at every look.
+EAGER = {"listing_interval_s": 1, "busy_listing_interval_s": 1}
 _SOURCE = Path(__file__).with_name("fake_slurm.py")
 
 
@@ -44,10 +46,10 @@ class FakeSlurm:
         return (self.directory / f"script-{job_id}.sh").read_text()
 
     def change(self, job_id, **fields):
+        """Change a job, by its id or by how many were submitted before it."""
         jobs = self.jobs()
-        for job in jobs:
-            if job["id"] == str(job_id):
-                job.update(fields)
+        found = [job for job in jobs if job["id"] == str(job_id)] or [jobs[int(job_id) - 1]]
+        found[0].update(fields)
         (self.directory / "jobs.json").write_text(json.dumps(jobs))
 
     def faults(self, **switches):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fake.harness import HEAD, WORKER, Clock
+from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import (
@@ -26,6 +26,7 @@ from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
 
 CONFIG = NodeConfig()
+HEADER_ONLY = "JOBID STATE REASON PARTITION NODELIST TIME_LIMIT END_TIME START_TIME NAME COMMENT\n".replace(" ", "\x1f")
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def clock():
 
 @pytest.fixture
 def settings(tmp_path):
-    return SlurmSettings(state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3")
+    return SlurmSettings(
+        state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3", **EAGER
+    )
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_one_question_lists_any_number_of_nodes(monitor, fake_slurm, clock):
         {"squeue": "half"},
         {"squeue": "slurm is being upgraded\n"},
         # A header alone, though this very job runs: an answer for another cluster.
-        {"squeue": "JOBID\x1fSTATE\x1fREASON\x1fPARTITION\x1fNODELIST\x1fTIME_LEFT\x1fSTART_TIME\x1fNAME\x1fCOMMENT\n"},
+        {"squeue": HEADER_ONLY},
     ],
     ids=["down", "hang", "empty", "half a line", "garbage", "another cluster"],
 )
@@ -121,6 +124,12 @@ def test_what_is_not_an_answer_is_an_error_and_never_an_empty_list(monitor, fake
     with pytest.raises(SlurmError):
         monitor.nodes()
     fake_slurm.faults()
+    asked = fake_slurm.calls("squeue")
+    with pytest.raises(SlurmError):
+        monitor.nodes()
+    # It is left in peace for a moment.
+    assert fake_slurm.calls("squeue") == asked
+    clock.now += 2
     assert set(monitor.nodes()) == before
     assert worker in before
 
@@ -134,10 +143,8 @@ def test_a_job_that_the_answer_lacks_is_asked_for_before_it_counts_as_gone(monit
     with pytest.raises(SlurmParseError, match="which the controller knows"):
         monitor.nodes()
     fake_slurm.change(job, purged=True)
+    clock.now += 2
     assert worker not in monitor.nodes()
-
-
-HEADER_ONLY = "JOBID\x1fSTATE\x1fREASON\x1fPARTITION\x1fNODELIST\x1fTIME_LEFT\x1fSTART_TIME\x1fNAME\x1fCOMMENT\n"
 
 
 @pytest.mark.parametrize("trace", ["tags", "report"])
@@ -506,7 +513,7 @@ def test_a_job_whose_end_the_controller_forgot_is_cancelled(monitor, fake_slurm,
     clock.now += 100
     assert worker in monitor.nodes()
     write_report(monitor.directory.reports, NodeReport(worker, ENDED, ready_at=1), head=False)
-    for seconds, state in ((2, "RUNNING"), (40, "RUNNING"), (6, "CANCELLED")):
+    for seconds, state in ((2, "RUNNING"), (30, "RUNNING"), (40, "RUNNING"), (6, "CANCELLED")):
         clock.now += seconds
         monitor.nodes()
         assert next(found for found in fake_slurm.jobs() if found["id"] == job)["state"] == state

@@ -23,7 +23,8 @@ def cluster(request, fake_slurm, tmp_path):
     login = Cluster("c", settings, fake_slurm.environ)
     head = login.create_head("head", NodeConfig(), HEAD)
     environ = {**fake_slurm.environ, "RAY_CLOUD_INSTANCE_ID": head, "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5"}
-    Cluster("c", settings, environ).create_workers("worker", NodeConfig(), WORKER, 2)
+    for _ in range(2):
+        Cluster("c", settings, environ).create_workers("worker", NodeConfig(), WORKER, 1)
     for number in (1, 2):
         fake_slurm.change(number, state="RUNNING")
     return login

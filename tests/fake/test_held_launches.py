@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fake.harness import HEAD, WORKER, Clock
+from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
@@ -19,7 +19,9 @@ def clock():
 
 @pytest.fixture
 def login(fake_slurm, tmp_path, clock):
-    settings = SlurmSettings(state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3")
+    settings = SlurmSettings(
+        state_dir=str(tmp_path / "state"), command_timeout_s=1, default_python="/usr/bin/python3", **EAGER
+    )
     return Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
 
 

@@ -120,7 +120,7 @@ class _Controller:
     def row(self, job_id):
         tags = {TAG_KIND: "worker", TAG_TYPE: "w"}
         comment = BirthCertificate("c", self.home, f"tok{int(job_id):03}", "", tags).text()
-        return "\x1f".join([job_id, self.states[job_id], "None", "cpu", "", "1:00", "N/A", "ray-c-w", comment])
+        return "\x1f".join([job_id, self.states[job_id], "None", "cpu", "", "1:00", "N/A", "N/A", "ray-c-w", comment])
 
     def jobs(self):
         text = "\n".join([_HEADER, *map(self.row, self.states)]) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,12 +12,12 @@ from ray_slurm_provider.slurm import parse
 from ray_slurm_provider.slurm.types import JobState
 
 HEADER = "\x1f".join(
-    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]
+    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LIMIT", "END_TIME", "START_TIME", "NAME", "COMMENT"]
 )
 
 
 def _row(job_id="7", state="RUNNING", reason="None", name="n", comment="c"):
-    return "\x1f".join([job_id, state, reason, "cpu", "c1", "3:59", "N/A", name, comment])
+    return "\x1f".join([job_id, state, reason, "cpu", "c1", "4:00", "N/A", "N/A", name, comment])
 
 
 def test_a_row_becomes_a_job():
@@ -156,3 +158,34 @@ def test_places_in_the_queue_by_partition_and_arrays_as_one():
     assert str(places["7"]) == "1 of 3 in cpu"
     assert str(places["9"]) == "2 of 3 in cpu"
     assert parse.parse_queue("") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("7", ["7"]),
+        ("7_3", ["7_3"]),
+        ("7_[0-3]", ["7_0", "7_1", "7_2", "7_3"]),
+        ("7_[0,2,5-6%4]", ["7_0", "7_2", "7_5", "7_6"]),
+        # As squeue prints what is left when every other element was cancelled; its --array forgets the last one.
+        ("7_[0-8:2]", ["7_0", "7_2", "7_4", "7_6", "7_8"]),
+    ],
+)
+def test_a_row_stands_for_all_elements_of_an_array_that_wait(text, ids):
+    (row,) = parse.parse_squeue(f"{HEADER}\n{_row(text)}\n")
+    assert [job.job_id for job in row.elements()] == ids
+    assert {job.comment for job in row.elements()} == {"c"}
+
+
+def test_a_list_of_elements_that_was_cut_is_no_answer():
+    with pytest.raises(ValueError, match="not all named"):
+        parse.parse_squeue(f"{HEADER}\n{_row('7_[0,2,4,6,')}\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "left"),
+    [("2026-01-02T03:04:05", "01:00:00"), ("2026-01-02T02:04:00", "00:00:00"), ("", "4:00"), ("NONE", "4:00")],
+)
+def test_the_time_left_is_what_is_left_until_the_end(end, left):
+    now = datetime(2026, 1, 2, 2, 4, 5).timestamp()  # noqa: DTZ001 squeue prints local time
+    assert parse.time_left(end, "4:00", now) == left

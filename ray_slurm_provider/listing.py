@@ -1,0 +1,184 @@
+"""What is known of a cluster's nodes, and when SLURM is asked again.
+
+A person who waits gets a new answer each second. The autoscaler asks seldom while nothing changes: each job writes down
+how it stands, and one stat shows whether any has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
+from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.errors import SlurmError, SlurmParseError
+from ray_slurm_provider.nodes import join
+from ray_slurm_provider.report_book import ReportBook
+from ray_slurm_provider.reports import ENDED
+from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from ray_slurm_provider.backends.base import Launch, NodeBackend
+    from ray_slurm_provider.cluster_dir import ClusterDir
+    from ray_slurm_provider.config import SlurmSettings
+    from ray_slurm_provider.nodes import Node
+
+_LOOK_S = 1.0
+# How long a controller that did not answer is left in peace by the autoscaler.
+_TROUBLE_S = 5.0
+# The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
+_LOST = "LOST"
+
+
+class Listing:
+    """The nodes of one cluster.
+
+    Args:
+        backend: Where they run.
+        directory: The cluster's directory.
+        settings: ``provider.slurm``.
+        environ: The environment of this process.
+        clock: A monotonic clock, seconds.
+
+    Attributes:
+        nodes: Those that wait or run, by id. One that was created here is listed once even when it has ended
+            meanwhile, or when the controller has forgotten it: otherwise Ray would wait ten minutes for it to appear.
+        known: All that were ever seen, as they were then.
+        ended: Those that have ended since the look before.
+    """
+
+    def __init__(
+        self,
+        backend: NodeBackend,
+        directory: ClusterDir,
+        settings: SlurmSettings,
+        environ: Mapping[str, str],
+        clock: Callable[[], float],
+    ) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.known: dict[str, Node] = {}
+        self.ended: list[Node] = []
+        self._backend = backend
+        self._directory = directory
+        self._clock = clock
+        self._own = environ.get(INSTANCE_VARIABLE, "")
+        self._inside = environ.get("RAY_SLURM_DIR") == str(directory.root)
+        self._patient = bool(environ.get(GCS_ADDRESS_VARIABLE))
+        self._intervals = (settings.listing_interval_s, settings.busy_listing_interval_s)
+        self._reports = ReportBook(directory.reports, clock, eager=not self._patient)
+        self._sightings: list[Sighting] = []
+        self._tags: Mapping[str, Mapping[str, str]] = {}
+        self._unlisted: dict[str, Sighting] = {}
+        self._ending: set[str] = set()
+        self._looked_at = self._asked_at = self._news_at = float("-inf")
+        self._busy = False
+        self._trouble: SlurmError | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to look."""
+        return self._clock() - self._looked_at > _LOOK_S
+
+    def look_anew(self) -> None:
+        """Look at the next question, however soon that is."""
+        self._looked_at = float("-inf")
+
+    def ask_anew(self) -> None:
+        """Look at the next question, and ask SLURM."""
+        self._looked_at = self._asked_at = float("-inf")
+        self._trouble = None
+
+    def submitted(self, node_id: str, launch: Launch) -> None:
+        """Expect a node: should SLURM never show it, it is listed once as ended."""
+        self._unlisted[node_id] = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
+
+    def ending(self, node_ids: Iterable[str]) -> None:
+        """Expect nodes to end."""
+        for node_id in node_ids:
+            self._unlisted.pop(node_id, None)
+            self._ending.add(node_id)
+
+    def look(self, tags: Mapping[str, Mapping[str, str]]) -> bool:
+        """Bring the nodes up to date; tell whether anything may have changed.
+
+        Args:
+            tags: Ray's tags that changed since birth, by node id.
+
+        Raises:
+            SlurmError: Nothing is known now.
+        """
+        now = self._clock()
+        if self._reports.look():
+            self._news_at = now
+        sightings = self._sightings
+        if now - self._asked_at >= self._interval():
+            sightings = self._ask(tags)
+        elif self._trouble is not None:
+            raise self._trouble.with_traceback(None)
+        self._looked_at = now
+        passing = any(not node.seen.alive for node in self.nodes.values()) if self._busy else False
+        same = sightings is self._sightings and tags == self._tags
+        if same and not (self._reports.is_stale or self._unlisted or passing):
+            self.ended = []
+            return False
+        self._build(sightings, tags)
+        return True
+
+    def _interval(self) -> float:
+        if not self._patient:
+            return 0.0
+        usual, busy = self._intervals
+        if self._trouble is not None:
+            return min(_TROUBLE_S, busy)
+        # After news, and once more later: a job ends a little after it has said so.
+        return busy if self._busy or self._news_at > self._asked_at - busy else usual
+
+    def _ask(self, tags: Mapping[str, Mapping[str, str]]) -> list[Sighting]:
+        self._asked_at = self._clock()
+        try:
+            sightings = self._backend.sightings()
+            if sightings is not self._sightings or self._unlisted:
+                self._refuse_incomplete(tags, {seen.node_id for seen in sightings})
+        except SlurmError as error:
+            self._trouble = error
+            raise
+        self._trouble = None
+        return sightings
+
+    def _refuse_incomplete(self, tags: Iterable[str], seen_ids: set[str]) -> None:
+        if self._inside and self._own not in seen_ids:
+            raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {self._own}")
+        suspects = {*self.nodes, *self._unlisted}
+        if not self._inside:
+            # A process that has just begun remembers nothing; the directory does.
+            suspects |= {*tags, *self._head_that_said_so()}
+        self.refuse_without(suspects, seen_ids)
+
+    def refuse_without(self, expected: Iterable[str], seen_ids: set[str]) -> None:
+        """Ask a second time about every node that an answer does not hold: unknown is not gone.
+
+        Raises:
+            SlurmError: One of them still lives.
+        """
+        for node_id in expected:
+            if node_id not in seen_ids and self._backend.exists(node_id):
+                raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
+
+    def _head_that_said_so(self) -> set[str]:
+        """Return the head by its own report, when that does not say that it ended."""
+        report = self._directory.head_report()
+        return {report.node_id} if report is not None and report.phase != ENDED else set()
+
+    def _build(self, sightings: list[Sighting], tags: Mapping[str, Mapping[str, str]]) -> None:
+        seen_ids = {seen.node_id for seen in sightings}
+        everything = [*sightings, *(lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids)]
+        reports = self._reports.read(everything)
+        found = join(everything, tags, reports, self._own if self._inside else "")
+        self.ended = [node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes]
+        self.nodes = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
+        self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in self.nodes}
+        self._ending &= self.nodes.keys()
+        self._busy = bool(self._ending or self._unlisted) or not all(node.settled for node in self.nodes.values())
+        self.known.update(found)
+        self._sightings, self._tags = sightings, tags

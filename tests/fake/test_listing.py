@@ -1,0 +1,123 @@
+"""How often SLURM is asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake.harness import HEAD, WORKER, Clock
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.reports import ENDED, READY, STARTING, NodeReport, write_report
+
+CONFIG = NodeConfig()
+
+
+@pytest.fixture
+def clock():
+    return Clock(1000.0)
+
+
+@pytest.fixture
+def login(fake_slurm, tmp_path, clock):
+    settings = SlurmSettings(state_dir=str(tmp_path / "state"), default_python="/x")
+    return Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+
+
+@pytest.fixture
+def monitor(login, fake_slurm, clock):
+    """The cluster as the autoscaler on a head sees it; the head is up."""
+    head_id = login.create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="RUNNING")
+    environ = {**fake_slurm.environ, "RAY_CLOUD_INSTANCE_ID": head_id, "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5"}
+    _say(login, head_id, READY)
+    return Cluster("c", login.settings, environ, clock=clock, wall_clock=clock)
+
+
+@pytest.fixture
+def asked(monitor, fake_slurm, clock):
+    """Return how often squeue is asked while the autoscaler asks for its nodes each second for so long."""
+
+    def asked(seconds):
+        before = fake_slurm.calls("squeue")
+        for _ in range(seconds):
+            clock.now += 1.01
+            monitor.nodes()
+        return fake_slurm.calls("squeue") - before
+
+    return asked
+
+
+def _say(cluster, node_id, phase):
+    write_report(cluster.directory.reports, NodeReport(node_id, phase, ready_at=1), head=False)
+
+
+def _worker(monitor):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    return worker
+
+
+def test_a_cluster_at_rest_is_asked_for_once_in_a_minute(monitor, asked):
+    asked(30)
+    assert 2 <= asked(180) <= 4
+
+
+def test_while_a_job_waits_or_starts_it_is_asked_for_every_ten_seconds(monitor, asked, fake_slurm):
+    asked(30)
+    worker = _worker(monitor)
+    # At once, and then in its time.
+    assert asked(1) == 1
+    assert asked(50) == 5
+    fake_slurm.change(2, state="RUNNING")
+    _say(monitor, worker, STARTING)
+    assert asked(50) == 5
+    _say(monitor, worker, READY)
+    asked(30)
+    assert monitor.nodes()[worker].ready
+    assert 2 <= asked(180) <= 4
+
+
+def test_what_a_job_says_of_itself_is_a_reason_to_ask(monitor, asked, fake_slurm):
+    worker = _worker(monitor)
+    fake_slurm.change(2, state="RUNNING")
+    _say(monitor, worker, READY)
+    asked(120)
+    _say(monitor, worker, ENDED)
+    fake_slurm.change(2, state="COMPLETING")
+    assert asked(12) >= 1
+    assert worker not in monitor.nodes()
+
+
+def test_a_person_gets_a_new_answer_each_second(login, monitor, fake_slurm, clock):
+    before = fake_slurm.calls("squeue")
+    for _ in range(5):
+        clock.now += 1.01
+        login.nodes()
+    assert fake_slurm.calls("squeue") == before + 5
+
+
+def test_nothing_is_made_anew_while_nothing_changes(monitor, asked):
+    asked(40)
+    before = monitor.nodes()
+    assert 2 <= asked(180) <= 4
+    assert all(node is before[node_id] for node_id, node in monitor.nodes().items())
+
+
+def test_a_controller_that_is_away_is_asked_every_five_seconds(monitor, asked, fake_slurm, clock):
+    asked(30)
+    fake_slurm.faults(down=["squeue"])
+    clock.now += 60
+    before = fake_slurm.calls("squeue")
+    for _ in range(20):
+        with pytest.raises(SlurmError):
+            monitor.nodes()
+        clock.now += 1.01
+    assert fake_slurm.calls("squeue") - before == 4
+
+
+def test_tags_change_without_a_question_to_slurm(login, monitor, asked):
+    asked(30)
+    (head_id,) = monitor.nodes()
+    login.set_tags(head_id, {"x": "y"})
+    assert asked(1) == 0
+    assert monitor.nodes()[head_id].tags["x"] == "y"
