@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +26,7 @@ _TOKEN_LENGTH = 6
 _ALPHABET = string.ascii_lowercase + string.digits
 
 
-@dataclass(frozen=True, slots=True)
-class BirthCertificate:
+class BirthCertificate(NamedTuple):
     """Whose job this is and what it was born as.
 
     Attributes:
@@ -42,7 +41,7 @@ class BirthCertificate:
     home: str
     token: str
     head: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = MappingProxyType({})
 
     def text(self) -> str:
         """Return it for ``--comment``: one line of ASCII without single quotes.

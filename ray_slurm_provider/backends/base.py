@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
+class Sighting(NamedTuple):
     """What a backend sees of one node of the cluster.
 
     Attributes:
@@ -32,7 +32,7 @@ class Sighting:
 
     node_id: str
     head: str
-    birth_tags: Mapping[str, str] = field(default_factory=dict)
+    birth_tags: Mapping[str, str] = MappingProxyType({})
     alive: bool = True
     queued: bool = False
     state: str = ""

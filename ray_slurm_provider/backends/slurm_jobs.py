@@ -12,7 +12,7 @@ from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.birth_certificate import BirthCertificate
@@ -39,6 +39,7 @@ class SlurmJobs:
         self._home = home
         self._births = births
         self._rows: list[Job] = []
+        self._by_row: dict[str, tuple[Job, list[Sighting]]] = {}
         self._sightings: list[Sighting] = []
         self._largest_array: int | None = None
 
@@ -46,7 +47,14 @@ class SlurmJobs:
         """Return this cluster's jobs, by one squeue."""
         rows = self._client.jobs()
         if rows is not self._rows:
-            self._rows, self._sightings = rows, [sighting for row in rows for sighting in self._of_row(row)]
+            known = self._by_row
+            self._by_row = {
+                row.job_id: known[row.job_id]
+                if row.job_id in known and known[row.job_id][0] is row
+                else (row, self._of_row(row))
+                for row in rows
+            }
+            self._rows, self._sightings = rows, [seen for _, found in self._by_row.values() for seen in found]
         return self._sightings
 
     def batch_size(self, launch: Launch) -> int:
@@ -143,21 +151,24 @@ class SlurmJobs:
                 return number
         raise SlurmUnavailable(["sbatch"], None, "", "no answer, and no job was submitted")
 
-    def _of_row(self, row: Job) -> Iterator[Sighting]:
+    def _of_row(self, row: Job) -> list[Sighting]:
         certificate = self._certificate(row.comment, row.name)
         if certificate is None or certificate.cluster != self._cluster or certificate.home != self._home:
-            return
-        for job in row.elements():
-            yield Sighting(
+            return []
+        alive, queued, state = row.alive, row.queued, row.state.label
+        return [
+            Sighting(
                 certificate.node_id(job.job_id),
                 certificate.head,
                 certificate.tags,
-                alive=job.alive,
-                queued=job.queued,
-                state=job.state.label,
-                reason=job.reason,
-                place=job.nodes,
-                start=job.start,
-                time_limit=job.time_limit,
-                end=job.end,
+                alive,
+                queued,
+                state,
+                row.reason,
+                row.nodes,
+                row.start,
+                row.time_limit,
+                row.end,
             )
+            for job in row.elements()
+        ]

@@ -57,7 +57,9 @@ class SlurmClient:
 
     def __init__(self, tools: SlurmTools | None = None) -> None:
         self.tools = tools or SlurmTools()
-        self._last: tuple[str | None, list[Job]] = (None, [])
+        self._text: str | None = None
+        self._rows: dict[str, Job] = {}
+        self._jobs: list[Job] = []
 
     def jobs(self) -> list[Job]:
         """Return this user's jobs, also the ended ones that the controller remembers (MinJobAge).
@@ -67,14 +69,13 @@ class SlurmClient:
         """
         argv = squeue_argv()
         text = self.tools.run(argv).stdout
-        if text == self._last[0]:
-            return self._last[1]
-        try:
-            jobs = parse.parse_squeue(text)
-        except ValueError as error:
-            raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
-        self._last = (text, jobs)
-        return jobs
+        if text != self._text:
+            try:
+                self._rows = parse.parse_squeue(text, self._rows)
+            except ValueError as error:
+                raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
+            self._text, self._jobs = text, list(self._rows.values())
+        return self._jobs
 
     def queue(self) -> dict[str, QueuePlace]:
         """Return the place of each waiting job of everybody, by job id; nothing where jobs are private."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState, QueuePlace
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SEPARATOR = "\x1f"
 
@@ -19,13 +23,13 @@ _HEADER_START = "JOBID" + SEPARATOR + "STATE" + SEPARATOR
 _ANY_JOB_ID = re.compile(r"\d+(_(\d+|\[.*\]))?(\+\d+)?$")
 _CUT_ARRAY = re.compile(r"\d+_\[[^\]]*$")
 _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
-_NOTHING = frozenset({"", "None", "N/A", "(null)", "INVALID", "NOT_SET", "Unknown"})
+_NOTHING = dict.fromkeys(("None", "N/A", "(null)", "INVALID", "NOT_SET", "NONE", "Unknown"), "")
 # What the state of a SLURM node says when no job can start there (scontrol(1), NODES).
 OUT_OF_SERVICE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
 _MIB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
-def parse_squeue(text: str) -> list[Job]:
+def parse_squeue(text: str, known: Mapping[str, Job] | None = None) -> dict[str, Job]:
     """Read the output of ``squeue`` in our format.
 
     A job name or comment may hold a newline, so a line that is no row of ours is the rest of somebody's
@@ -33,6 +37,10 @@ def parse_squeue(text: str) -> list[Job]:
 
     Args:
         text: The output, header first.
+        known: The result of the time before: the rows of lines that are still the same.
+
+    Returns:
+        The rows by their lines.
 
     Raises:
         ValueError: This is not a complete answer of squeue: no header, or a line cut short.
@@ -44,7 +52,8 @@ def parse_squeue(text: str) -> list[Job]:
     header = next((i for i, line in enumerate(lines) if line.startswith(_HEADER_START)), None)
     if header is None:
         raise ValueError("there is no header line")
-    return [job for job in map(_parse_row, lines[header + 1 :]) if job is not None]
+    known = known or {}
+    return {line: job for line in lines[header + 1 :] if (job := known.get(line) or _parse_row(line)) is not None}
 
 
 def _parse_row(line: str) -> Job | None:
@@ -55,21 +64,21 @@ def _parse_row(line: str) -> Job | None:
         return None
     job_id, state, reason, partition, nodes, limit, end, start, name, comment = fields
     return Job(
-        job_id=job_id,
-        state=JobState.of(state),
-        reason=_known(reason),
-        partition=partition,
-        nodes=_known(nodes),
-        time_limit=_known(limit),
-        end=_known(end),
-        start=_known(start),
-        name=name,
-        comment="" if comment == "(null)" else comment,
+        job_id,
+        JobState.of(state),
+        _NOTHING.get(reason, reason),
+        partition,
+        _NOTHING.get(nodes, nodes),
+        _NOTHING.get(limit, limit),
+        _NOTHING.get(end, end),
+        _NOTHING.get(start, start),
+        name,
+        "" if comment == "(null)" else comment,
     )
 
 
 def _known(word: str) -> str:
-    return "" if word in _NOTHING or (word := word.strip()) in _NOTHING else word
+    return _NOTHING.get(word.strip(), word.strip())
 
 
 def parse_queue(text: str) -> dict[str, QueuePlace]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,7 @@ _BY_LABEL = {state.label: state for state in JobState}
 _warned_about: set[str] = set()
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One row of squeue.
 
     Attributes:
@@ -115,18 +114,18 @@ class Job:
         """Whether it still waits for its allocation."""
         return self.state.meaning is Meaning.QUEUED
 
-    def elements(self) -> Iterator[Job]:
+    def elements(self) -> Iterable[Job]:
         """Return the jobs that this row stands for: one, or each element of an array.
 
         squeue's own ``--array`` leaves out the last element of one with a step, ``1234_[0-198:2]`` (measured, 22.05).
         """
-        number, bracket, indices = self.job_id.partition("_[")
-        if not bracket:
-            yield self
-            return
+        return self._each() if "[" in self.job_id else (self,)
+
+    def _each(self) -> Iterator[Job]:
+        number, _, indices = self.job_id.partition("_[")
         for first, last, step in _RANGE.findall(indices.partition("%")[0]):
             for index in range(int(first), int(last or first) + 1, int(step or 1)):
-                yield replace(self, job_id=f"{number}_{index}")
+                yield self._replace(job_id=f"{number}_{index}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def _row(job_id="7", state="RUNNING", reason="None", name="n", comment="c"):
 
 
 def test_a_row_becomes_a_job():
-    (job,) = parse.parse_squeue(f"{HEADER}\n{_row(comment='a|b c')}\n")
+    (job,) = parse.parse_squeue(f"{HEADER}\n{_row(comment='a|b c')}\n").values()
     assert (job.job_id, job.state, job.reason, job.nodes, job.start, job.comment) == (
         "7",
         JobState.RUNNING,
@@ -35,7 +35,7 @@ def test_a_row_becomes_a_job():
 def test_banners_and_free_text_with_newlines_are_passed_over():
     lines = ["** maintenance on Monday **", HEADER, _row(name="two"), _row("8", comment="one\nand two"), _row("9"), ""]
     text = "\n".join(lines)
-    assert [job.job_id for job in parse.parse_squeue(text)] == ["7", "8", "9"]
+    assert [job.job_id for job in parse.parse_squeue(text).values()] == ["7", "8", "9"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_no_text_makes_the_parser_fail_in_another_way(text):
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.text(), st.text()), max_size=5, unique_by=lambda row: row[0]))
 def test_whatever_name_and_comment_hold_every_row_is_found(rows):
     body = "".join(_row(str(number), name=name, comment=comment) + "\n" for number, name, comment in rows)
-    found = [job.job_id for job in parse.parse_squeue(f"{HEADER}\n{body}")]
+    found = [job.job_id for job in parse.parse_squeue(f"{HEADER}\n{body}").values()]
     wanted = [str(number) for number, name, _ in rows if "\n" not in name and "\x1f" not in name]
     # A name with a newline breaks its own row only.
     assert [number for number in found if number in wanted][: len(wanted)] == wanted
@@ -172,7 +172,7 @@ def test_places_in_the_queue_by_partition_and_arrays_as_one():
     ],
 )
 def test_a_row_stands_for_all_elements_of_an_array_that_wait(text, ids):
-    (row,) = parse.parse_squeue(f"{HEADER}\n{_row(text)}\n")
+    (row,) = parse.parse_squeue(f"{HEADER}\n{_row(text)}\n").values()
     assert [job.job_id for job in row.elements()] == ids
     assert {job.comment for job in row.elements()} == {"c"}
 
