@@ -76,7 +76,7 @@ def look():
         time.sleep(0.1)
     context = ray.get_runtime_context()
     return {{
-        "job": os.environ["SLURM_JOB_ID"], "node": context.get_node_id(), "slurm_node": os.environ["SLURMD_NODENAME"],
+        "job": os.environ["RAY_CLOUD_INSTANCE_ID"].rpartition("-")[0], "node": context.get_node_id(), "slurm_node": os.environ["SLURMD_NODENAME"],
         "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "env": {{k: v for k, v in os.environ.items() if k.startswith("MY_")}},
     }}
 
@@ -190,7 +190,8 @@ class UserCluster:
     def jobs(self, everything=False):
         """This cluster's jobs; ended ones only when everything is asked for."""
         name = f"ray-{self.config['cluster_name']}-"
-        return [job for job in self.client.jobs() if job.name.startswith(name) and (everything or job.alive)]
+        rows = [job for job in self.client.jobs() if job.name.startswith(name) and (everything or job.alive)]
+        return [job for row in rows for job in row.elements()]
 
     def workers(self):
         return [job for job in self.jobs() if not re.search(r"-head(-[a-z0-9]{6})?$", job.name)]
@@ -207,10 +208,11 @@ class UserCluster:
     def processes(self, job_id=None):
         """Processes of this cluster's jobs."""
         wanted = f"RAY_SLURM_DIR={self.root}".encode()
+        node = f"RAY_CLOUD_INSTANCE_ID={job_id}-".encode()
         found = []
         for process in procfs.processes():
             variables = process.read("environ").split(b"\0")
-            if wanted in variables and (job_id is None or f"SLURM_JOB_ID={job_id}".encode() in variables):
+            if wanted in variables and (job_id is None or any(pair.startswith(node) for pair in variables)):
                 found.append(process)
         return found
 

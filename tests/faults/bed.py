@@ -156,9 +156,8 @@ class BedCluster(UserCluster):
     def certified(self):
         """All jobs of this cluster with their certificates, whatever they are called."""
         pairs = [(job, read_certificate(job.comment)) for job in self.client.jobs()]
-        return [
-            (job, found) for job, found in pairs if found is not None and found.cluster == self.config["cluster_name"]
-        ]
+        name = self.config["cluster_name"]
+        return [(job, found) for row, found in pairs if found and found.cluster == name for job in row.elements()]
 
     def alive(self, head=None):
         """Living jobs: heads, or workers, or both."""

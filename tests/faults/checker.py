@@ -26,6 +26,7 @@ from ray_slurm_provider.birth_certificate import read_certificate
 # How long two views may differ: SLURM and Ray take their time to notice a loss (65 s for a network that was cut).
 ORPHAN_S = 90.0
 FORGOTTEN_S = 150.0
+_MAY_LAST_S = {"orphan": ORPHAN_S, "forgotten": FORGOTTEN_S, "ghost": FORGOTTEN_S, "diary": FORGOTTEN_S}
 _ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 _NODES = """
 import json, sys, time
@@ -94,13 +95,17 @@ class Checker:
             for job in workers:
                 if ours[job][1].head not in heads:
                     present.add(("orphan", f"job {job} works for {ours[job][1].head}, which is gone"))
-            if len(workers) > self.max_workers:
-                present.add(("duplicate", f"{len(workers)} workers live, {self.max_workers} may"))
+            # Those that have ended by their own word, and run only in the books of a controller that has crashed.
+            ghosts = [job for job in workers if self._has_ended(ours[job][1].node_id(job))]
+            present |= {("ghost", f"job {job} has ended, and nobody cancels it") for job in ghosts}
+            if len(workers) - len(ghosts) > self.max_workers:
+                present.add(("duplicate", f"{len(workers) - len(ghosts)} workers live, {self.max_workers} may"))
             if len(heads) > 1:
                 present.add(("duplicate", f"two heads: {sorted(heads)}"))
             for job, facts in sample.jobs.items():
                 found = self._certificate(facts)
-                if found is not None and self._tokens.setdefault(found.token, job) != job:
+                submission = job.partition("_")[0]
+                if found is not None and self._tokens.setdefault(found.token, submission) != submission:
                     present.add(("duplicate", f"jobs {self._tokens[found.token]} and {job} have one certificate"))
             if sample.ray is not None and heads:
                 running = {found.node_id(job) for job, (facts, found) in ours.items() if facts["JobState"] == "RUNNING"}
@@ -125,10 +130,7 @@ class Checker:
             del self._since[key]
         for key in present:
             lasts = now - self._since.setdefault(key, now)
-            if (
-                lasts >= {"orphan": ORPHAN_S, "forgotten": FORGOTTEN_S, "diary": FORGOTTEN_S}.get(key[0], 0.0)
-                and key not in self._said
-            ):
+            if lasts >= _MAY_LAST_S.get(key[0], 0.0) and key not in self._said:
                 self._said.add(key)
                 self.problems.append(f"{time.strftime('%H:%M:%S', time.localtime(now))} {key[0]}: {key[1]}")
 
@@ -170,6 +172,12 @@ class Checker:
         for thread in self._threads:
             thread.join(60)
 
+    def _has_ended(self, node_id):
+        try:
+            return json.loads((self.state.parent / "nodes" / f"{node_id}.json").read_text())["phase"] == "ended"
+        except (OSError, ValueError, KeyError):
+            return False
+
     def _certificate(self, facts):
         found = read_certificate(facts.get("Comment", ""))
         return found if found is not None and found.cluster == self.name else None
@@ -187,8 +195,20 @@ class Checker:
             comment = re.search(r' Comment=(ray-slurm:1:\{.*?"t":"\w+"\})', line)
             # Somebody's job may be called by a name with a newline in it.
             if {"JobId", "JobState"} <= set(facts):
-                jobs[facts["JobId"]] = {**facts, "Comment": comment.group(1) if comment else ""}
+                facts["Comment"] = comment.group(1) if comment else ""
+                jobs |= dict.fromkeys(_job_ids(facts), facts)
         return jobs
+
+
+def _job_ids(facts):
+    """Yield the ids of the jobs that a record is about: one, or the elements of an array that wait."""
+    if "ArrayTaskId" not in facts:
+        yield facts["JobId"]
+        return
+    for part in facts["ArrayTaskId"].partition("%")[0].split(","):
+        first, last, step = re.fullmatch(r"(\d+)(?:-(\d+))?(?::(\d+))?", part).groups()
+        for index in range(int(first), int(last or first) + 1, int(step or 1)):
+            yield f"{facts['ArrayJobId']}_{index}"
 
 
 def ray_nodes_command(cluster):

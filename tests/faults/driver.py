@@ -17,7 +17,7 @@ import ray
 @ray.remote(num_cpus=2, max_retries=-1)
 def work(seconds):
     time.sleep(seconds)
-    return os.environ.get("SLURM_JOB_ID")
+    return os.environ["RAY_CLOUD_INSTANCE_ID"].rpartition("-")[0]
 
 
 def wanted(path):

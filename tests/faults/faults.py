@@ -75,12 +75,11 @@ def on_victim(action):
 
 def kill(cluster, wanted, *, head):
     """Kill -9 the first process that fits."""
-    jobs = {job.job_id for job in cluster.alive(head=head)}
-    for process in cluster.processes():
-        variables = process.read("environ").split(b"\0")
-        if wanted(process) and any(f"SLURM_JOB_ID={job}".encode() in variables for job in jobs):
-            os.kill(process.pid, signal.SIGKILL)
-            return process
+    for job in cluster.alive(head=head):
+        for process in cluster.processes(job.job_id):
+            if wanted(process):
+                os.kill(process.pid, signal.SIGKILL)
+                return process
     return None
 
 

@@ -7,18 +7,33 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
-from support import wait_for
+from support import RAY, wait_for
 
 from faults.bed import PATIENT, Bed
 from faults.checker import Checker, ray_nodes_command
 from faults.faults import FAULTS, apply
 
 WORKERS = 3
+
+
+def keep_evidence(cluster, place):
+    """Keep what Ray has to say about itself beside the cluster's directory."""
+    with suppress(OSError, ValueError, KeyError):
+        head = json.loads((cluster.root / "head.json").read_text())
+        shutil.copytree(
+            f"{head['temp_dir']}/session_latest/logs", place / "ray-logs", symlinks=True, dirs_exist_ok=True
+        )
+        command = [*cluster.prefix, *RAY, "status", "-v", f"--address={head['address']}:{head['ports']['gcs']}"]
+        environ = {**os.environ, **cluster.access_variables()}
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+        (place / "ray-status.txt").write_text(done.stdout + done.stderr)
 
 
 def run(minutes, seed, figures=None):
@@ -68,6 +83,7 @@ def run(minutes, seed, figures=None):
         except AssertionError as error:
             print(f"\n{error}")
             problems.append(str(error))
+            keep_evidence(cluster, place)
             jobs, waves = [], 0
         checker.stop()
         problems += checker.problems

@@ -51,6 +51,25 @@ def test_more_workers_than_there_may_be_two_heads_and_one_certificate_twice_are_
     assert "one certificate" in _judge(checker, jobs, None, 2)[0]
 
 
+def test_the_elements_of_an_array_are_jobs_of_one_submission(checker):
+    comment = BirthCertificate("c", "d", "eeeeee", HEAD, {}).text()
+    waiting = f"JobId=5 ArrayJobId=5 ArrayTaskId=1,3-4%7 JobState=PENDING Comment={comment}"
+    runs = f"JobId=6 ArrayJobId=5 ArrayTaskId=0 JobState=RUNNING Comment={comment}"
+    checker.tell = lambda *words: f"{waiting}\n{runs}\n"
+    jobs = checker._jobs()
+    assert sorted(jobs) == ["5_0", "5_1", "5_3", "5_4"]
+    assert _judge(checker, {"1": _job("aaaaaa"), "5_0": jobs["5_0"], "5_1": jobs["5_1"]}, None, 0) == []
+    assert "one certificate" in _judge(checker, {"1": _job("aaaaaa"), "7_0": jobs["5_0"]}, None, 1)[0]
+
+
+def test_a_job_that_has_ended_by_its_own_word_is_no_duplicate_but_must_go(checker, tmp_path):
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "2-bbbbb2.json").write_text('{"phase": "ended"}')
+    jobs = {"1": _job("aaaaaa"), **{str(i): _job(f"bbbbb{i}", HEAD) for i in (2, 3, 4)}}
+    assert _judge(checker, jobs, None, 0, FORGOTTEN_S - 1) == []
+    assert "ghost: job 2" in _judge(checker, jobs, None, FORGOTTEN_S + 1)[0]
+
+
 @pytest.mark.parametrize("ray", [[HEAD], [HEAD, WORKER, "8-ffffff"]])
 def test_what_slurm_has_and_ray_has_not_or_the_other_way_is_forgotten_when_that_lasts(checker, ray):
     jobs = {"1": _job("aaaaaa"), "2": _job("bbbbbb", HEAD)}
