@@ -6,11 +6,11 @@ By it a job is recognised as ours, whatever happened to our own files. Imports t
 from __future__ import annotations
 
 import json
-import secrets
-import string
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
+
+from ray_slurm_provider.files import random_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,6 @@ CERTIFICATE_VARIABLE = "RAY_SLURM_CERTIFICATE"
 # SLURM refuses longer comments (measured, 22.05).
 MAX_LENGTH = 1024
 _TOKEN_LENGTH = 6
-_ALPHABET = string.ascii_lowercase + string.digits
 
 
 class BirthCertificate(NamedTuple):
@@ -97,7 +96,7 @@ def _read_common(text: str) -> BirthCertificate | None:
 
 def new_token() -> str:
     """Return a token for one submission."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(_TOKEN_LENGTH))
+    return random_name(_TOKEN_LENGTH)
 
 
 def node_number(node_id: str) -> int:

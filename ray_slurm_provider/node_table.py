@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -14,7 +15,7 @@ from rich.table import Table
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.progress import queue_places, waits_for
-from ray_slurm_provider.slurm.parse import time_left
+from ray_slurm_provider.slurm.parse import format_time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,6 +121,20 @@ def _row(cluster: Cluster, node: Node, place: QueuePlace | None) -> NodeRow:
         start=node.seen.start,
         log=str(cluster.log_of(node.node_id)),
     )
+
+
+def time_left(end: str, time_limit: str, now: float) -> str:
+    """Return how long a job may still run, "" when that is unknown.
+
+    Args:
+        end: When it ends at the latest, as squeue prints it on this host; its limit counts when it has not started.
+        time_limit: Its limit, as squeue prints it.
+        now: Seconds since the epoch.
+    """
+    try:
+        return format_time(max(0, round(datetime.fromisoformat(end).timestamp() - now)))
+    except ValueError:
+        return time_limit
 
 
 def _table(rows: Sequence[NodeRow]) -> Table:

@@ -7,13 +7,13 @@ SLURM's to say.
 from __future__ import annotations
 
 import contextlib
-import time
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray_slurm_provider.files import read_json_object, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 STARTING = "starting"
@@ -21,8 +21,7 @@ READY = "ready"
 ENDED = "ended"
 
 
-@dataclass(frozen=True)
-class NodeReport:
+class NodeReport(NamedTuple):
     """The state of one Ray node as its own job sees it.
 
     Attributes:
@@ -43,11 +42,11 @@ class NodeReport:
     host: str = ""
     slurm_node: str = ""
     address: str = ""
-    ports: dict[str, int] = field(default_factory=dict)
+    ports: Mapping[str, int] = MappingProxyType({})
     temp_dir: str = ""
     reason: str = ""
     ready_at: float = 0.0
-    time: float = field(default_factory=time.time)
+    time: float = 0.0
 
     @property
     def gcs_address(self) -> str:
@@ -71,8 +70,7 @@ class NodeReport:
         return f"{bracketed(self.address)}:{number}" if self.address and number else ""
 
 
-@dataclass(frozen=True)
-class ReportPaths:
+class ReportPaths(NamedTuple):
     """Where the reports of a cluster are.
 
     Attributes:
@@ -115,9 +113,10 @@ class ReportPaths:
 def write_report(paths: ReportPaths, report: NodeReport, *, head: bool) -> None:
     """Write a node's report; a cluster directory that is gone stays gone."""
     with contextlib.suppress(FileNotFoundError):
-        write_json(paths.report(report.node_id), asdict(report))
+        value = {**report._asdict(), "ports": dict(report.ports)}
+        write_json(paths.report(report.node_id), value)
         if head:
-            write_json(paths.head, asdict(report))
+            write_json(paths.head, value)
 
 
 def read_report(path: Path) -> NodeReport | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import tempfile
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.files import write_atomically
+from ray_slurm_provider.files import random_name, remove_tree, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 _DAYS = "3650"
 _CONFIG = """\
@@ -112,20 +112,18 @@ def tls_environment(authority: Path, target: Path) -> dict[str, str]:
     }
 
 
-class _workspace:  # noqa: N801 used like a function
-    """A directory for openssl's files, with its configuration; removed in the end."""
-
-    def __init__(self, parent: Path, addresses: Iterable[str]) -> None:
-        names = [f"DNS:{name}" for name in ("localhost", socket.gethostname())]
-        names += [f"IP:{address}" for address in dict.fromkeys(["127.0.0.1", "::1", *addresses])]
-        self._directory = tempfile.TemporaryDirectory(dir=parent, prefix=".openssl-")
-        (Path(self._directory.name) / "config").write_text(_CONFIG.format(names=", ".join(names)))
-
-    def __enter__(self) -> Path:
-        return Path(self._directory.name)
-
-    def __exit__(self, *_: object) -> None:
-        self._directory.cleanup()
+@contextmanager
+def _workspace(parent: Path, addresses: Iterable[str]) -> Iterator[Path]:
+    """Give a directory for openssl's files, with its configuration in it, and remove it in the end."""
+    names = [f"DNS:{name}" for name in ("localhost", socket.gethostname())]
+    names += [f"IP:{address}" for address in dict.fromkeys(["127.0.0.1", "::1", *addresses])]
+    directory = parent / f".openssl-{random_name(8)}"
+    directory.mkdir(mode=0o700)
+    try:
+        (directory / "config").write_text(_CONFIG.format(names=", ".join(names)))
+        yield directory
+    finally:
+        remove_tree(directory)
 
 
 def _openssl(work: Path, *arguments: str) -> None:

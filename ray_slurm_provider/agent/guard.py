@@ -36,6 +36,7 @@ def run_guarded(agent: Callable[[], int], clean_up: Callable[[], None]) -> int:
         kernel.die_with_parent(signal.SIGTERM)
         os._exit(agent())
     Path("/proc/self/comm").write_text(GUARD_NAME)
+    kernel.give_memory_back()
     for number in _FORWARDED:
         signal.signal(number, lambda received, _: kernel.send(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)

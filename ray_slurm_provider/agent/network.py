@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import logging
 import socket
 import struct
@@ -19,6 +18,8 @@ _SIOCGIFADDR = 0x8915  # netdevice(7)
 # From the blocks for documentation (RFC 5737, RFC 3849): asking for a route to them sends nothing.
 _SOMEWHERE = ("192.0.2.1", "2001:db8::1")
 _DISCARD_PORT = 9
+_IPV4_BYTES = 4
+_IPV6_LOOPBACK = bytes(15) + b"\1"
 _ENOUGH_NODES = 8
 
 
@@ -98,7 +99,8 @@ def address_of_interface(wanted: str) -> str:
 
 def is_loopback(address: str) -> bool:
     """Tell whether only this host can use the address."""
-    return ipaddress.ip_address(address).is_loopback
+    packed = _packed(address)
+    return packed[:1] == b"\x7f" if len(packed) == _IPV4_BYTES else packed == _IPV6_LOOPBACK
 
 
 def is_local(address: str) -> bool:
@@ -137,15 +139,23 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _is_link_local(address: str) -> bool:
-    return ipaddress.ip_address(address).is_link_local
+    packed = _packed(address)
+    if len(packed) == _IPV4_BYTES:
+        return packed[:2] == b"\xa9\xfe"
+    return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
 
 
 def _is_literal(address: str) -> bool:
     try:
-        ipaddress.ip_address(address)
-    except ValueError:
+        _packed(address)
+    except OSError:
         return False
     return True
+
+
+def _packed(address: str) -> bytes:
+    """Return the bytes of an address; the module ``ipaddress`` would cost each node memory."""
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
 
 
 def _resolve(name: str) -> list[str]:
@@ -190,7 +200,7 @@ def _ipv6_addresses(interface: str) -> list[str]:
         return []
     rows = [line.split() for line in lines]
     return [
-        str(ipaddress.ip_address(int(row[0], 16).to_bytes(16, "big")))
+        socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0]))
         for row in rows
         if row[5] == interface and row[3] == "00"
     ]

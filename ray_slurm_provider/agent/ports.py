@@ -8,7 +8,7 @@ to whichever user, and takes it back when the agent dies, however it dies.
 from __future__ import annotations
 
 import contextlib
-import random
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,10 +68,11 @@ def reserve(names: Iterable[str], within: str = "") -> Reservation:
     wanted = list(names)
     candidates = port_range(within) if within else range(_FIRST_PORT, _first_ephemeral_port())
     reservation = Reservation()
-    for port in random.sample(candidates, len(candidates)):
+    first = int.from_bytes(os.urandom(4), "big")
+    for number in range(len(candidates)):
         if len(reservation.ports) == len(wanted):
             break
-        reservation.take(wanted[len(reservation.ports)], port)
+        reservation.take(wanted[len(reservation.ports)], candidates[(first + number) % len(candidates)])
     found = len(reservation.ports)
     if found < len(wanted):
         reservation.release()

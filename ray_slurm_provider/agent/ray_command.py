@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,14 +102,11 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
 
 def monitor_command(spec: AgentSpec, address: str, gcs_address: str, temp_dir: str, *, v2: bool) -> list[str]:
     """Return the argument list of Ray's autoscaler (ray/_private/services.py, start_monitor)."""
-    package = importlib.util.find_spec("ray")
-    assert package is not None  # noqa: S101 `ray start` has run
-    parent = Path(next(iter(package.submodule_search_locations or ())))
     logs = f"{temp_dir}/session_latest/logs"
     return [
         sys.executable,
         "-u",
-        str(parent / "autoscaler" / ("v2" if v2 else "_private") / "monitor.py"),
+        str(_ray_package() / "autoscaler" / ("v2" if v2 else "_private") / "monitor.py"),
         f"--logs-dir={logs}",
         f"--gcs-address={gcs_address}",
         f"--stdout-filepath={logs}/monitor.out",
@@ -168,8 +164,23 @@ def start_environment(
 
 def has_own_temp_dir() -> bool:
     """Tell whether the installed Ray gives each node a temporary directory of its own."""
-    numbers = re.findall(r"\d+", version("ray"))[:2]
-    return tuple(map(int, numbers)) >= _OWN_TEMP_DIR_SINCE
+    return _ray_version() >= _OWN_TEMP_DIR_SINCE
+
+
+def _ray_version() -> tuple[int, ...]:
+    """Return the first two numbers of the installed Ray, without importing it or the costly importlib.metadata."""
+    try:
+        text = (_ray_package() / "_version.py").read_text(encoding="utf-8")
+        found = re.search(r"^version\s*=\s*[\"'](\d+)\.(\d+)", text, re.MULTILINE)
+    except OSError:
+        found = None
+    return tuple(map(int, found.groups())) if found else _OWN_TEMP_DIR_SINCE
+
+
+def _ray_package() -> Path:
+    package = importlib.util.find_spec("ray")
+    assert package is not None  # noqa: S101 the node has looked for it before
+    return Path(next(iter(package.submodule_search_locations or ())))
 
 
 def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]:

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import subprocess
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,23 +28,22 @@ def socket_path(temp_dir: str, node_id: str) -> str:
     return f"{temp_dir}/agent-{node_id.rpartition('-')[2]}"
 
 
-@dataclass
 class Requests:
     """The socket, and the commands that run on request.
 
-    Attributes:
+    Args:
         path: Where it listens; its directory is this user's alone.
         shell: File of the exports that commands start with.
+
+    Attributes:
         asked: What was asked besides commands, in order.
     """
 
-    path: Path
-    shell: Path
-    asked: list[str] = field(default_factory=list)
-    _running: list[tuple[subprocess.Popen[bytes], socket.socket]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Listen."""
+    def __init__(self, path: Path, shell: Path) -> None:
+        self.path = path
+        self.shell = shell
+        self.asked: list[str] = []
+        self._running: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(str(self.path))
         self.listener.listen()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
-@dataclass(frozen=True)
-class AgentSpec:
+class AgentSpec(NamedTuple):
     """One Ray node, from the agent's side.
 
     Attributes:
@@ -48,11 +50,11 @@ class AgentSpec:
     head: str = ""
     gcs_address: str = ""
     head_temp_dir: str = ""
-    resources: dict[str, int] = field(default_factory=dict)
-    written: list[str] = field(default_factory=list)
-    labels: dict[str, str] = field(default_factory=dict)
-    ray_start_args: list[str] = field(default_factory=list)
-    epilogue: list[str] = field(default_factory=list)
+    resources: Mapping[str, int] = MappingProxyType({})
+    written: Sequence[str] = ()
+    labels: Mapping[str, str] = MappingProxyType({})
+    ray_start_args: Sequence[str] = ()
+    epilogue: Sequence[str] = ()
     interface: str = ""
     temp_dir: str = ""
     token_auth: bool = True
@@ -80,7 +82,7 @@ class AgentSpec:
 
     def as_json(self) -> dict[str, Any]:
         """Return it for the batch script."""
-        return asdict(self)
+        return {**self._asdict(), "resources": dict(self.resources), "labels": dict(self.labels)}
 
 
 def read_spec(text: str) -> AgentSpec:
@@ -90,7 +92,7 @@ def read_spec(text: str) -> AgentSpec:
         ValueError: It is from another version of this package.
     """
     value = json.loads(text)
-    unknown = set(value) - {known.name for known in fields(AgentSpec)}
+    unknown = set(value) - set(AgentSpec._fields)
     if unknown:
         raise ValueError(f"the job was submitted by another version of ray-slurm-provider: {sorted(unknown)}")
-    return AgentSpec(**value)
+    return AgentSpec(**{name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})

@@ -28,7 +28,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -349,6 +348,7 @@ class Supervisor:
         if self._spec.is_head:
             self._monitor = Monitor(self._monitor_command(environment), environment)
         self._end_turn()
+        kernel.give_memory_back()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
     def _reason_to_end(self) -> tuple[str, int] | None:
@@ -432,7 +432,7 @@ class Supervisor:
     # -- telling others -------------------------------------------------------------------------
 
     def _publish(self, **changes: Any) -> None:
-        self._report = replace(self._report, time=time.time(), **changes)
+        self._report = self._report._replace(time=time.time(), **changes)
         if self._report.phase == ENDED and self._spec.is_head and self._replaced():
             return
         try:

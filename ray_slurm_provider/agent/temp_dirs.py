@@ -12,20 +12,19 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import socket
 import stat
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.files import read_json_object, write_json
+from ray_slurm_provider.files import random_name, read_json_object, remove_tree, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PREFIX = "rsp-"
+_RANDOM_LETTERS = 8
 _NOTES = "users"
 _RAYS = "r"
 # Unix sockets hold 107 bytes (unix(7)), and Ray puts below its temp dir:
@@ -49,14 +48,16 @@ def make_temp_dir(base: str, node_id: str) -> Path:
     excess = excess_length(parent)
     if excess > 0:
         raise ValueError(f"temp_dir {parent!r} is {excess} bytes too long: Unix sockets below it would pass 107 bytes")
-    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)) / _RAYS
+    own = Path(parent) / f"{_PREFIX}{random_name(_RANDOM_LETTERS)}"
+    own.mkdir(mode=0o700)
+    path = own / _RAYS
     join_temp_dir(path, node_id)
     return path
 
 
 def excess_length(parent: str) -> int:
     """Return how many bytes a place is too long for Unix sockets below it; 0 or less when it is not."""
-    return len(f"{parent}/{_PREFIX}12345678/{_RAYS}".encode()) - MAX_LENGTH
+    return len(f"{parent}/{_PREFIX}/{_RAYS}".encode()) + _RANDOM_LETTERS - MAX_LENGTH
 
 
 def join_temp_dir(path: Path, node_id: str) -> None:
@@ -77,7 +78,7 @@ def leave_temp_dir(path: Path, node_id: str) -> None:
     """Stop using a directory, and remove it when no other node on this host uses it."""
     (path.parent / _NOTES / f"{node_id}.json").unlink(missing_ok=True)
     if not any(map(_lives, _notes(path.parent))):
-        shutil.rmtree(path.parent, ignore_errors=True)
+        remove_tree(path.parent)
 
 
 def sweep_temp_dirs(base: str) -> list[Path]:
@@ -148,7 +149,7 @@ def _notes(path: Path) -> list[dict[str, Any]]:
 
 def _removed(paths: list[Path]) -> list[Path]:
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     return paths
 
 

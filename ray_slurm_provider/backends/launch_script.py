@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,7 +120,7 @@ def job_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _agent_spec(launch: Launch, resolved: ResolvedNode) -> AgentSpec:
     """Return what the agent is told; settings of the same name go to it as they are."""
-    names = {known.name for known in fields(AgentSpec)} & set(type(launch.settings).model_fields)
+    names = set(AgentSpec._fields) & set(type(launch.settings).model_fields)
     shared = {name: value for name in names if (value := getattr(launch.settings, name)) is not None}
     return AgentSpec(
         cluster=launch.cluster,

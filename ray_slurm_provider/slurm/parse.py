@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState, QueuePlace
@@ -191,20 +190,6 @@ def format_time(seconds: int) -> str:
     days, rest = divmod(seconds, 86400)
     text = f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}-{text}" if days else text
-
-
-def time_left(end: str, time_limit: str, now: float) -> str:
-    """Return how long a job may still run, "" when that is unknown.
-
-    Args:
-        end: When it ends at the latest, as squeue prints it on this host; its limit counts when it has not started.
-        time_limit: Its limit, as squeue prints it.
-        now: Seconds since the epoch.
-    """
-    try:
-        return format_time(max(0, round(datetime.fromisoformat(end).timestamp() - now)))
-    except ValueError:
-        return time_limit
 
 
 def parse_gpus(text: str | int) -> tuple[int, str]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_slurm_provider.errors import SlurmError, SlurmNotFound, SlurmUnavailable
 
@@ -46,8 +44,7 @@ _NO_CONFIGURATION_SIGNS = ("failed to fetch config", "Could not establish a conf
 _CLIENT_PACKAGES = "slurm-client"
 
 
-@dataclass(frozen=True)
-class Completed:
+class Completed(NamedTuple):
     """A tool that ended with exit code 0.
 
     Attributes:
@@ -66,8 +63,7 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name in _KEPT or not name.startswith(_SCRUBBED_PREFIXES)}
 
 
-@dataclass(frozen=True)
-class SlurmTools:
+class SlurmTools(NamedTuple):
     """Where the tools are, and how long each may take.
 
     Attributes:
@@ -80,9 +76,12 @@ class SlurmTools:
 
     bin_dir: str = ""
     timeout_s: float = DEFAULT_TIMEOUT_S
-    environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ), repr=False)
+    environ: Mapping[str, str] = os.environ
     cluster: str = ""
     prefix: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        return f"SlurmTools({self.bin_dir!r}, {self.cluster!r})"
 
     def run(self, argv: Sequence[str], *, stdin: str = "", environ: Mapping[str, str] | None = None) -> Completed:
         """Run one tool and wait for it.
@@ -134,13 +133,13 @@ class SlurmTools:
         Raises:
             SlurmNotFound: It is not there.
         """
-        candidate = str(Path(self.bin_dir) / tool) if self.bin_dir else tool
-        found = shutil.which(candidate, path=self.environ.get("PATH"))
-        if found is None:
-            where = f"in {self.bin_dir}" if self.bin_dir else "on PATH"
-            advice = f"Debian and Ubuntu have it in the package {_CLIENT_PACKAGES}; elsewhere set slurm_bin."
-            raise SlurmNotFound([tool], None, "", f"{tool} is not {where}", advice)
-        return found
+        for directory in [self.bin_dir] if self.bin_dir else os.get_exec_path(self.environ):
+            path = Path(directory) / tool
+            if os.access(path, os.X_OK) and path.is_file():
+                return str(path)
+        where = f"in {self.bin_dir}" if self.bin_dir else "on PATH"
+        advice = f"Debian and Ubuntu have it in the package {_CLIENT_PACKAGES}; elsewhere set slurm_bin."
+        raise SlurmNotFound([tool], None, "", f"{tool} is not {where}", advice)
 
 
 def _require_configuration(argv: Sequence[str], env: Mapping[str, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,8 +127,7 @@ class Job(NamedTuple):
                 yield self._replace(job_id=f"{number}_{index}")
 
 
-@dataclass(frozen=True)
-class QueuePlace:
+class QueuePlace(NamedTuple):
     """How many jobs stand before one.
 
     Attributes:
@@ -146,8 +144,7 @@ class QueuePlace:
         return f"{self.place} of {self.of} in {self.partition}"
 
 
-@dataclass(frozen=True)
-class JobEnd:
+class JobEnd(NamedTuple):
     """How a job ended, from ``scontrol show job``.
 
     Attributes:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,7 +123,7 @@ def test_only_what_a_killed_job_left_is_swept(base):
 
 HEAD = AgentSpec("c", "d", "/shared/c")
 WORKER = AgentSpec(
-    "c", "d", "/shared/c", head="1-a", gcs_address="1.2.3.4:5", labels={"a": "b"}, ray_start_args=["--x=1"]
+    "c", "d", "/shared/c", head="1-a", gcs_address="1.2.3.4:5", labels={"a": "b"}, ray_start_args=("--x=1",)
 )
 PORTS = {name: number for number, name in enumerate(HEAD_PORTS, start=1)}
 
@@ -166,7 +165,7 @@ def test_a_worker_joins_its_head():
 
 
 def test_autoscaler_v1_knows_a_node_by_a_number():
-    spec = replace(WORKER, autoscaler_v1=True)
+    spec = WORKER._replace(autoscaler_v1=True)
     environ = start_environment(spec, "9-a", {"CPU": 2}, "", "", {}, {})
     assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2, "NODE_ID_AS_RESOURCE": 11}
     environ = start_environment(HEAD, "9-zzzzzz", {}, "", "", PORTS, {"autoscaler_v2": False})
@@ -176,14 +175,14 @@ def test_autoscaler_v1_knows_a_node_by_a_number():
 
 
 def test_worker_processes_get_ports_of_the_range():
-    command = start_command(replace(WORKER, worker_ports="21000-21999"), "1.2.3.5", PORTS, "/tmp/t")
+    command = start_command(WORKER._replace(worker_ports="21000-21999"), "1.2.3.5", PORTS, "/tmp/t")
     assert {"--min-worker-port=21000", "--max-worker-port=21999"} <= set(command)
 
 
 def test_metrics_are_closed_unless_they_are_wanted():
     closed = start_environment(HEAD, "9-a", {}, "", "", PORTS, {})
     assert (closed["RAY_enable_metrics_collection"], closed["AUTOSCALER_METRIC_PORT"]) == ("0", "-1")
-    wanted = start_environment(replace(HEAD, metrics=True), "9-a", {}, "", "", PORTS, {})
+    wanted = start_environment(HEAD._replace(metrics=True), "9-a", {}, "", "", PORTS, {})
     assert "RAY_enable_metrics_collection" not in wanted
     assert wanted["AUTOSCALER_METRIC_PORT"] == str(PORTS["autoscaler_metrics"])
 

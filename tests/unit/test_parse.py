@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,12 +178,3 @@ def test_a_row_stands_for_all_elements_of_an_array_that_wait(text, ids):
 def test_a_list_of_elements_that_was_cut_is_no_answer():
     with pytest.raises(ValueError, match="not all named"):
         parse.parse_squeue(f"{HEADER}\n{_row('7_[0,2,4,6,')}\n")
-
-
-@pytest.mark.parametrize(
-    ("end", "left"),
-    [("2026-01-02T03:04:05", "01:00:00"), ("2026-01-02T02:04:00", "00:00:00"), ("", "4:00"), ("NONE", "4:00")],
-)
-def test_the_time_left_is_what_is_left_until_the_end(end, left):
-    now = datetime(2026, 1, 2, 2, 4, 5).timestamp()  # noqa: DTZ001 squeue prints local time
-    assert parse.time_left(end, "4:00", now) == left
