@@ -1,0 +1,1 @@
+"""What the provider costs, next to the bare tools and next to what people do otherwise. See README.md."""
