@@ -11,7 +11,7 @@ from ray_slurm_provider.fields import Count, Gpus, Gres, Line, LineOrCount, Memo
 
 # sbatch options that the provider writes itself, with the reason (sbatch(1)).
 PROTECTED_OPTIONS = {
-    "array": "each Ray node is a job of its own",
+    "array": "the provider makes arrays itself, of workers that are asked for together; see provider.slurm.job_arrays",
     "chdir": "the job starts in the home directory",
     "clusters": "see provider.slurm.clusters",
     "comment": "it holds the job's birth certificate, by which the job is found again",

@@ -77,7 +77,7 @@ def look():
     context = ray.get_runtime_context()
     return {{
         "job": os.environ["RAY_CLOUD_INSTANCE_ID"].rpartition("-")[0], "node": context.get_node_id(), "slurm_node": os.environ["SLURMD_NODENAME"],
-        "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "env": {{k: v for k, v in os.environ.items() if k.startswith("MY_")}},
+        "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"), "env": {{k: v for k, v in os.environ.items() if k.startswith(("MY_", "SLURM_ARRAY"))}},
     }}
 
 print("RESULT " + json.dumps(ray.get([look.remote() for _ in range({count})], timeout=180)))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ray_slurm_provider.agent.spec import AgentSpec
 
 _CHECK_S = 5.0
+# How often a head that can be reached is asked whether it is still the one; a thousand workers read that file.
+_READ_S = 60.0
 # A head that restarts its network card refuses nothing; refused connections for this long mean that it is gone.
 _REFUSED_S = 15.0
 # How long a head that cannot be reached at all may keep a worker from starting.
@@ -41,6 +43,8 @@ class HeadWatch:
         self._questions = Pace(_ASK_S)
         self._head_report = ReportPaths(spec.directory).head
         self._checks = Pace(_CHECK_S)
+        self._readings = Pace(_READ_S)
+        self._line: network.Line | None = None
         self._refused_since: float | None = None
 
     def why_not_start(self, signals: Sequence[int]) -> str:
@@ -68,7 +72,9 @@ class HeadWatch:
             time.sleep(1.0)
 
     def is_gone(self) -> bool:
-        """Tell whether the head is gone for good; asks at most every five seconds."""
+        """Tell whether the head is gone for good; tries at most every five seconds to reach one that was lost."""
+        if self._line is not None and self._line.holds():
+            return self._readings.due() and self._replaced()
         if not self._checks.due():
             return False
         if self._replaced():
@@ -86,8 +92,9 @@ class HeadWatch:
         return self._questions.due() and self._head_ended()
 
     def _connection(self) -> str:
-        host, port = network.split_address(self._spec.gcs_address)
-        return network.connection_state(host, port, _CHECK_S)
+        if self._line is None:
+            self._line = network.Line(*network.split_address(self._spec.gcs_address))
+        return self._line.open(_CHECK_S)
 
     def _replaced(self) -> bool:
         """Tell whether the head says that it ended, or another one took its place; a missing file says nothing."""

@@ -95,4 +95,5 @@ def read_spec(text: str) -> AgentSpec:
     unknown = set(value) - set(AgentSpec._fields)
     if unknown:
         raise ValueError(f"the job was submitted by another version of ray-slurm-provider: {sorted(unknown)}")
-    return AgentSpec(**{name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})
+    known: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+    return AgentSpec(**known)

@@ -71,7 +71,7 @@ _TURN_POLL_S = 0.1
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
-# How often a node looks after what it has written; thousands of workers shall not keep a file system busy.
+# How often a node looks after what it has written. Thousands of workers shall not keep a file system busy.
 _HEAD_KEEPS_S = 5.0
 _WORKER_KEEPS_S = 60.0
 # How long a node that starts waits for a controller that does not answer, and how often it asks.
@@ -372,7 +372,7 @@ class Supervisor:
         if not self._spec.is_head and self._head.is_gone():
             self._siblings.cancel()
             return f"the head {self._spec.head} is gone", 0
-        if self._keeping.due():
+        if (self._spec.is_head or self._report.phase == READY) and self._keeping.due():
             self._keep_directory()
         trouble = self._monitor.tend() if self._monitor is not None else ""
         return (trouble, 1) if trouble else None

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from support import wait_for
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, temp_dirs
@@ -52,6 +53,21 @@ def test_only_a_refused_connection_says_that_nobody_is_there():
         server.listen()
         assert network.connection_state("127.0.0.1", port, 1) == "open"
     assert network.connection_state("no.such.host.invalid", 1, 1) == "unknown"
+
+
+def test_a_line_notices_the_end_of_the_other_side():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        line = network.Line("127.0.0.1", server.getsockname()[1])
+        assert not line.holds()
+        assert line.open(1) == "open"
+        connection, _ = server.accept()
+        assert line.holds()
+        connection.send(b"hello")
+        assert line.holds()
+        connection.close()
+        wait_for(lambda: not line.holds(), 5, "the end of the line")
+    assert line.open(1) == "refused"
+    line.close()
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("1.2.3.4:5", ("1.2.3.4", 5)), ("[fe80::1]:5", ("fe80::1", 5))])

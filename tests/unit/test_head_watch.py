@@ -28,8 +28,22 @@ def clock(monkeypatch):
 @pytest.fixture
 def state(monkeypatch):
     """What the head's port answers."""
-    answers = {"state": "open"}
-    monkeypatch.setattr(network, "connection_state", lambda *_: answers["state"])
+    answers = {"state": "open", "connections": 0}
+
+    class Line:
+        def __init__(self, *_):
+            self.connected = False
+
+        def open(self, _):
+            answers["connections"] += 1
+            self.connected = answers["state"] == "open"
+            return answers["state"]
+
+        def holds(self):
+            self.connected &= answers["state"] == "open"
+            return self.connected
+
+    monkeypatch.setattr(network, "Line", Line)
     return answers
 
 
@@ -99,8 +113,24 @@ def test_a_cancelled_job_does_not_wait_for_the_head(watch, state, clock):
 @pytest.mark.parametrize(("node_id", "phase"), [("1-a", "ended"), ("2-b", "ready")])
 def test_its_own_word_and_another_head_are_evidence(watch, clock, tmp_path, node_id, phase):
     _head_says(tmp_path, "1-a", "ready")
-    clock.advance(10)
-    assert not watch.is_gone()
+    for _ in range(2):
+        clock.advance(10)
+        assert not watch.is_gone()
     _head_says(tmp_path, node_id, phase)
-    clock.advance(10)
+    clock.advance(60)
     assert watch.is_gone()
+
+
+def test_a_head_that_goes_in_order_is_gone_at_once(watch, state, clock, tmp_path):
+    assert not watch.is_gone()
+    _head_says(tmp_path, "1-a", "ended")
+    state["state"] = "refused"
+    clock.advance(6)
+    assert watch.is_gone()
+
+
+def test_a_head_that_stays_is_connected_to_once(watch, state, clock):
+    for _ in range(100):
+        clock.advance(1)
+        assert not watch.is_gone()
+    assert state["connections"] == 1
