@@ -162,13 +162,26 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
     def diary(self) -> Diary:
-        """Return what changed since birth; nothing when the file is lost or broken, which then is put aside.
+        """Return what changed since birth; nothing when the file is lost, cannot be read now, or is broken.
 
         Raises:
             StateError: A newer version of this package has written it.
         """
-        value = read_json_object(self._diary)
-        if value is None:
+        try:
+            return self._read_diary()
+        except OSError as error:
+            logger.warning("%s cannot be read now: %s", self._diary, error)
+            return Diary()
+
+    def _read_diary(self) -> Diary:
+        """Read the diary; a broken one is put aside, one that the file system does not let us read stays (OSError)."""
+        try:
+            value = json.loads(self._diary.read_bytes())
+        except FileNotFoundError:
+            return Diary()
+        except (IsADirectoryError, ValueError):
+            value = None
+        if not isinstance(value, dict):
             self._put_aside()
             return Diary()
         version = value.get("version")
@@ -180,18 +193,7 @@ class ClusterDir:
         return Diary(_read_tags(value.get("tags")), read_launch_records(value.get("launches")))
 
     def _put_aside(self) -> None:
-        """Keep a broken diary under another name: writing is atomic, so it will not become whole by itself.
-
-        One that the file system does not let us read just now may be whole, and stays.
-        """
-        try:
-            self._diary.read_bytes()
-        except IsADirectoryError:
-            pass
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                logger.warning("%s cannot be read now: %s", self._diary, error)
-            return
+        """Keep a broken diary under another name: writing is atomic, so it will not become whole by itself."""
         aside = self._diary.with_name(f"state.json.broken-{time.time():.0f}")
         logger.warning("%s cannot be read; it is kept as %s, going on with what SLURM knows", self._diary, aside.name)
         with suppress(OSError):
@@ -202,10 +204,13 @@ class ClusterDir:
         """Change the diary under its lock; no SLURM command may run meanwhile.
 
         Raises:
-            StateError: Somebody else holds the lock for too long.
+            StateError: Somebody else holds the lock for too long, or the diary can be neither read nor written now.
         """
         with self._locked("state.lock", _LOCK_TIMEOUT_S):
-            diary = self.diary()
+            try:
+                diary = self._read_diary()
+            except OSError as error:
+                raise StateError(f"{self._diary} cannot be read: {error.strerror or error}") from error
             yield diary
             value = {"version": _DIARY_VERSION, "tags": diary.tags, "launches": diary.launches.as_json()}
             try:

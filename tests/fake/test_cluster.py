@@ -415,6 +415,8 @@ def test_a_diary_that_cannot_be_read_just_now_stays(login, head_id, clock, monke
     monkeypatch.setattr(Path, "read_bytes", stale)
     clock.now += 10
     assert head_id in login.nodes()
+    with pytest.raises(StateError, match="cannot be read"):
+        login.set_tags(head_id, {"y": "z"})
     monkeypatch.undo()
     clock.now += 10
     assert login.nodes()[head_id].tags["x"] == "y"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+
 import pytest
 
 from fake.harness import HEAD, WORKER, Clock
@@ -121,3 +124,34 @@ def test_tags_change_without_a_question_to_slurm(login, monitor, asked):
     login.set_tags(head_id, {"x": "y"})
     assert asked(1) == 0
     assert monitor.nodes()[head_id].tags["x"] == "y"
+
+
+@pytest.mark.parametrize("size", [2, 30])
+def test_at_rest_a_look_opens_one_file_of_any_number_of_nodes(monitor, asked, fake_slurm, size):
+    made = monitor.create_workers("worker", CONFIG, WORKER, size)
+    for number, worker in enumerate(made):
+        fake_slurm.change(f"2_{number}", state="RUNNING")
+        _say(monitor, worker, READY)
+    asked(60)
+    assert all(node.ready for node in monitor.nodes().values())
+    assert len(monitor.nodes()) == 1 + size
+    with _opened_below(str(monitor.directory.root)) as opened:
+        asked(10)
+    assert opened == [str(monitor.directory.root / "state.json")] * 10
+
+
+@contextmanager
+def _opened_below(directory):
+    """Collect the files below a directory that this process opens."""
+    opened, active = [], [True]
+
+    def hook(event, arguments):
+        if active and event == "open" and str(arguments[0]).startswith(directory):
+            opened.append(str(arguments[0]))
+
+    # There is no way to take a hook away again.
+    sys.addaudithook(hook)
+    try:
+        yield opened
+    finally:
+        active.clear()
