@@ -233,9 +233,10 @@ class Cluster:
             node_ids = self._backend.create(launch, count)
         finally:
             self.forget_listing()
-        for node_id in node_ids:
-            self._listing.submitted(node_id, launch)
-            self.launches.launched(node_id)
+        with self._lock:
+            for node_id in node_ids:
+                self._listing.submitted(node_id, launch)
+                self.launches.launched(node_id)
         return node_ids
 
     def terminate(self, node_ids: list[str]) -> None:
@@ -251,9 +252,11 @@ class Cluster:
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
         with self._lock:
-            self._listing.ending(node_ids)
+            self._listing.unwanted(node_ids)
         try:
             self._backend.terminate(node_ids)
+            with self._lock:
+                self._listing.cancelled(node_ids)
         finally:
             self.forget_listing()
 

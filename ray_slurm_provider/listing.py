@@ -93,11 +93,14 @@ class Listing:
         """Expect a node: should SLURM never show it, it is listed once as ended."""
         self._unlisted[node_id] = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
 
-    def ending(self, node_ids: Iterable[str]) -> None:
-        """Expect nodes to end."""
+    def unwanted(self, node_ids: Iterable[str]) -> None:
+        """Expect nodes no more that were submitted."""
         for node_id in node_ids:
             self._unlisted.pop(node_id, None)
-            self._ending.add(node_id)
+
+    def cancelled(self, node_ids: Iterable[str]) -> None:
+        """Expect nodes to end."""
+        self._ending.update(node_ids)
 
     def look(self, tags: Mapping[str, Mapping[str, str]]) -> bool:
         """Bring the nodes up to date; tell whether anything may have changed.
@@ -161,9 +164,10 @@ class Listing:
         Raises:
             SlurmError: One of them still lives.
         """
-        for node_id in expected:
-            if node_id not in seen_ids and self._backend.exists(node_id):
-                raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {node_id}, which the controller knows")
+        # Those that were cancelled here may go without a trace.
+        found = self._backend.still_there(set(expected) - seen_ids - self._ending)
+        if found:
+            raise SlurmParseError(["squeue"], 0, "", f"the answer lacks job {found}, which the controller knows")
 
     def _head_that_said_so(self) -> set[str]:
         """Return the head by its own report, when that does not say that it ended."""

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -99,8 +99,8 @@ class NodeBackend(Protocol):
     def terminate(self, node_ids: Sequence[str]) -> None:
         """End nodes; one that has ended already is no error."""
 
-    def exists(self, node_id: str) -> bool:
-        """Ask about one node that the listing does not hold any more."""
+    def still_there(self, node_ids: Iterable[str]) -> str:
+        """Ask about nodes that the listing does not hold any more; return one that exists, "" when there is none."""
 
     def how_ended(self, node_id: str) -> str:
         """Return how a node ended, for a person."""

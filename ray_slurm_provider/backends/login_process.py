@@ -28,7 +28,7 @@ from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.reports import ENDED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.cluster_dir import ClusterDir
@@ -122,10 +122,10 @@ class LoginProcess:
             procfs.end([*procfs.descendants(process.pid), process], 1.0)
         self._reap()
 
-    def exists(self, node_id: str) -> bool:
-        """Tell whether the head still lives."""
+    def still_there(self, node_ids: Iterable[str]) -> str:
+        """Return the head's id when it is among these and still lives."""
         head = self._head()
-        return head is not None and head.node_id == node_id and self._life(head)[0]
+        return head.node_id if head is not None and head.node_id in set(node_ids) and self._life(head)[0] else ""
 
     def how_ended(self, node_id: str) -> str:
         """Return how the head ended, as far as this host can tell."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ray_slurm_provider.backends.login_process import PREFIX, LoginProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
     from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
@@ -52,9 +52,11 @@ class Places:
             if mine:
                 place.terminate(mine)
 
-    def exists(self, node_id: str) -> bool:
-        """Ask about one node where it was."""
-        return self._place_of(node_id).exists(node_id)
+    def still_there(self, node_ids: Iterable[str]) -> str:
+        """Ask about nodes where they were."""
+        ids = list(node_ids)
+        login = [node_id for node_id in ids if self._place_of(node_id) is self._login]
+        return self._login.still_there(login) or self._jobs.still_there(set(ids) - set(login))
 
     def how_ended(self, node_id: str) -> str:
         """Return how a node ended, as its place says."""

@@ -10,9 +10,10 @@ from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
+from ray_slurm_provider.slurm.types import element_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.birth_certificate import BirthCertificate
@@ -108,11 +109,22 @@ class SlurmJobs:
         for node_id in doomed:
             logger.info("cancelled job %s", job_id_of(node_id))
 
-    def exists(self, node_id: str) -> bool:
-        """Tell whether the controller still knows this very job, and not another that got its id."""
-        facts = self._client.job_facts(job_id_of(node_id))
-        certificate = self._certificate(facts.get("Comment", ""), facts.get("JobName", ""))
-        return certificate is not None and certificate.node_id(job_id_of(node_id)) == node_id
+    def still_there(self, node_ids: Iterable[str]) -> str:
+        """Return a node whose very job the controller still knows, and not another that got its id.
+
+        There is one question for each single job, and one for each array.
+        """
+        by_number: dict[str, set[str]] = {}
+        for node_id in node_ids:
+            by_number.setdefault(job_id_of(node_id).partition("_")[0], set()).add(node_id)
+        for number, wanted in by_number.items():
+            for facts in self._client.array_facts(number):
+                certificate = self._certificate(facts.get("Comment", ""), facts.get("JobName", ""))
+                if certificate is not None:
+                    known = {certificate.node_id(job_id) for job_id in element_ids(facts)}
+                    if known & wanted:
+                        return min(known & wanted)
+        return ""
 
     def how_ended(self, node_id: str) -> str:
         """Return SLURM's word on the end of a job."""

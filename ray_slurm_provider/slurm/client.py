@@ -175,6 +175,11 @@ class SlurmClient:
         """Return the pairs of ``scontrol show job``; empty when the controller does not know it."""
         return parse.parse_show(self._show("job", job_id) or "")
 
+    def array_facts(self, number: str) -> list[dict[str, str]]:
+        """Return the pairs of ``scontrol show job`` for a job, or each part of an array; nothing when it is unknown."""
+        records = re.split(r"^(?=JobId=)", self._show("job", number) or "", flags=re.MULTILINE)
+        return [facts for record in records if "JobId" in (facts := parse.parse_show(record))]
+
     def node_address(self, node: str) -> str:
         """Return the NodeAddr of a SLURM node, "" when there is none."""
         return parse.parse_show(self._show("node", node) or "").get("NodeAddr", "")

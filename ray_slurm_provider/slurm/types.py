@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,20 @@ class Job(NamedTuple):
 
     def _each(self) -> Iterator[Job]:
         number, _, indices = self.job_id.partition("_[")
-        for first, last, step in _RANGE.findall(indices.partition("%")[0]):
-            for index in range(int(first), int(last or first) + 1, int(step or 1)):
-                yield self._replace(job_id=f"{number}_{index}")
+        return (self._replace(job_id=f"{number}_{index}") for index in _indices(indices))
+
+
+def element_ids(facts: Mapping[str, str]) -> list[str]:
+    """Return the ids of the jobs that a record of ``scontrol show job`` is about."""
+    if "ArrayTaskId" not in facts:
+        return [facts["JobId"]]
+    return [f"{facts['ArrayJobId']}_{index}" for index in _indices(facts["ArrayTaskId"])]
+
+
+def _indices(text: str) -> Iterator[int]:
+    """Read ``0-7,9`` and ``0-198:2%5``."""
+    for first, last, step in _RANGE.findall(text.partition("%")[0]):
+        yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 
 class QueuePlace(NamedTuple):

@@ -156,13 +156,17 @@ def scontrol(faults):
     if sys.argv[1:3] == ["show", "config"]:
         print(f"MaxArraySize            = {faults.get('says_max_array_size', 1001)}")
         return
+    found = False
     for job in load("jobs.json", []):
-        if job["id"] == sys.argv[-1] and not job.get("purged"):
+        number, _, index = job["id"].partition("_")
+        if sys.argv[-1] in {job["id"], number} and not job.get("purged"):
+            element = f"ArrayJobId={number} ArrayTaskId={index} " if index else ""
             print(
-                f"JobId={job['id']} JobName={job['name']} JobState={job['state']} Reason=None ExitCode=1:0 Comment={job['comment']}"
+                f"JobId={number} {element}JobName={job['name']} JobState={job['state']} Reason=None ExitCode=1:0 Comment={job['comment']}"
             )
-            return
-    sys.exit("slurm_load_jobs error: Invalid job id specified")
+            found = True
+    if not found:
+        sys.exit("slurm_load_jobs error: Invalid job id specified")
 
 
 def main():

@@ -7,6 +7,7 @@ import pytest
 from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.errors import SlurmParseError
 
 CONFIG = NodeConfig()
 
@@ -110,6 +111,35 @@ def test_an_array_whose_submission_was_not_confirmed_is_found(make_monitor, fake
     fake_slurm.faults()
     assert _workers(monitor) == set(made)
     assert len(made) == 4
+
+
+def test_many_that_are_gone_are_one_question(make_monitor, fake_slurm, clock):
+    monitor = make_monitor()
+    made = _create(monitor, 20)
+    assert _workers(monitor) == set(made)
+    for index in range(20):
+        fake_slurm.change(f"2_{index}", forgotten=True)
+    clock.now += 2
+    with pytest.raises(SlurmParseError, match="which the controller knows"):
+        monitor.nodes()
+    for index in range(20):
+        fake_slurm.change(f"2_{index}", purged=True)
+    asked = fake_slurm.calls("scontrol")
+    clock.now += 2
+    assert _workers(monitor) == set()
+    assert fake_slurm.calls("scontrol") == asked + 1
+
+
+def test_those_that_were_ended_here_may_go_without_a_question(make_monitor, fake_slurm, clock):
+    monitor = make_monitor()
+    made = _create(monitor, 4)
+    monitor.nodes()
+    asked = fake_slurm.calls("scontrol")
+    monitor.terminate(made)
+    for index in range(4):
+        fake_slurm.change(f"2_{index}", forgotten=True, purged=True)
+    assert _workers(monitor) == set()
+    assert fake_slurm.calls("scontrol") == asked
 
 
 def test_elements_that_the_controller_lost_are_listed_once_as_ended(make_monitor, fake_slurm):

@@ -129,10 +129,10 @@ class _Controller:
         except ValueError as error:
             raise SlurmParseError(["squeue"], 0, "", str(error)) from error
 
-    def job_facts(self, job_id):
-        if job_id not in self.states:
-            return {}
-        return {"Comment": self.row(job_id).rpartition("\x1f")[2], "JobName": "ray-c-w"}
+    def array_facts(self, number):
+        if number not in self.states:
+            return []
+        return [{"JobId": number, "Comment": self.row(number).rpartition("\x1f")[2], "JobName": "ray-c-w"}]
 
 
 _mutilations = st.one_of(
