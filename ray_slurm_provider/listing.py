@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _LOOK_S = 1.0
 # How long a controller that did not answer is left in peace by the autoscaler.
 _TROUBLE_S = 5.0
+# Ray asks about nodes that have just gone, but not about all that ever were.
+_REMEMBERED = 2000
 # The state of a job that was submitted and that SLURM does not know: a controller that crashes forgets seconds.
 _LOST = "LOST"
 
@@ -44,7 +46,7 @@ class Listing:
     Attributes:
         nodes: Those that wait or run, by id. One that was created here is listed once even when it has ended
             meanwhile, or when the controller has forgotten it: otherwise Ray would wait ten minutes for it to appear.
-        known: All that were ever seen, as they were then.
+        known: These, and those that were seen last before, as they were then.
         ended: Those that have ended since the look before.
     """
 
@@ -184,5 +186,13 @@ class Listing:
         self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in self.nodes}
         self._ending &= self.nodes.keys()
         self._busy = bool(self._ending or self._unlisted) or not all(node.settled for node in self.nodes.values())
-        self.known.update(found)
+        self._remember(found)
         self._sightings, self._tags = sightings, tags
+
+    def _remember(self, found: Mapping[str, Node]) -> None:
+        self.known.update(found)
+        too_many = len(self.known) - len(found) - _REMEMBERED
+        if too_many > 0:
+            gone = [node_id for node_id in self.known if node_id not in found]
+            for node_id in gone[:too_many]:
+                del self.known[node_id]

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 
 from fake.harness import HEAD, WORKER, Clock
+from ray_slurm_provider import listing
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.errors import NodeNotFound, SlurmError
 from ray_slurm_provider.reports import ENDED, READY, STARTING, NodeReport, write_report
 
 CONFIG = NodeConfig()
@@ -116,6 +117,20 @@ def test_a_controller_that_is_away_is_asked_every_five_seconds(monitor, asked, f
             monitor.nodes()
         clock.now += 1.01
     assert fake_slurm.calls("squeue") - before == 4
+
+
+def test_nodes_that_went_long_ago_are_forgotten(monitor, fake_slurm, clock, monkeypatch):
+    monkeypatch.setattr(listing, "_REMEMBERED", 3)
+    made = [_worker(monitor) for _ in range(5)]
+    monitor.nodes()
+    for number in range(2, 7):
+        fake_slurm.change(number, forgotten=True, purged=True)
+    monitor.forget_listing()
+    assert len(monitor.nodes()) == 1
+    for worker in made[:2]:
+        with pytest.raises(NodeNotFound):
+            monitor.node(worker)
+    assert monitor.node(made[4]).node_id == made[4]
 
 
 def test_tags_change_without_a_question_to_slurm(login, monitor, asked):
