@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 UPDATE_INTERVAL_S = 5.0
-# Ray's defaults: AUTOSCALER_MAX_LAUNCH_BATCH, and upscaling_speed 1.
-LAUNCH_BATCH = 5
 
 
 def states(job_ids: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -42,6 +40,11 @@ def submit(scripts: Sequence[str], environ: Mapping[str, str]) -> list[str]:
         ).stdout.strip()
         for script in scripts
     ]
+
+
+def rounds_s(nodes: int) -> float:
+    """Return the seconds until so many nodes are asked for: Ray's default is one of a type in each round."""
+    return nodes * UPDATE_INTERVAL_S
 
 
 def requests_in(seconds: float, nodes: int) -> float:

@@ -251,9 +251,10 @@ def many(workers: int, rest_s: float) -> list[Result]:
             began_down = time.monotonic()
             cluster.down()
             down = time.monotonic() - began_down
-        in_waves = standin.UPDATE_INTERVAL_S * workers
         return [
-            within(f"0 to {workers} workers", "s", floor, last - began, times=1.15, other=floor + in_waves),
+            within(
+                f"0 to {workers} workers", "s", floor, last - began, times=1.15, other=floor + standin.rounds_s(workers)
+            ),
             Result(f"submissions for {workers} workers", "requests", 1, submissions, workers, "1", submissions == 1),
             at_most(
                 f"requests for jobs in 30 s, {workers} workers at rest",
