@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.progress import queue_places, waits_for
@@ -166,6 +167,6 @@ def _console() -> Console:
     return Console(width=width, highlight=False, markup=False)
 
 
-def _job_number(node: Node) -> int:
-    digits = node.node_id.partition("-")[0].partition("_")[0]
-    return int(digits) if digits.isdigit() else 0
+def _job_number(node: Node) -> list[int]:
+    """Return the number of a node's job, and which element of an array it is."""
+    return [int(digits) for digits in job_id_of(node.node_id).split("_") if digits.isdigit()]
