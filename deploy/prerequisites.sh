@@ -59,4 +59,6 @@ make_venv() {
         "$(find_python)" -m venv "$venv"
     fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$clone${EXTRAS:-}" "$@"
+    # pip compiles what it installs, but not what is editable.
+    "$venv/bin/python" -m compileall -q "$clone/ray_slurm_provider"
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ray_slurm_provider.cluster_dir import ClusterDir
     from ray_slurm_provider.config import SlurmSettings
     from ray_slurm_provider.nodes import Node
+    from ray_slurm_provider.reports import NodeReport
 
 _LOOK_S = 1.0
 # How long a controller that did not answer is left in peace by the autoscaler.
@@ -71,10 +72,11 @@ class Listing:
         self._reports = ReportBook(directory.reports, clock, eager=not self._patient)
         self._sightings: list[Sighting] = []
         self._tags: Mapping[str, Mapping[str, str]] = {}
+        self._said: Mapping[str, NodeReport | None] = {}
         self._unlisted: dict[str, Sighting] = {}
         self._ending: set[str] = set()
         self._looked_at = self._asked_at = self._news_at = float("-inf")
-        self._busy = False
+        self._busy = self._passing = False
         self._trouble: SlurmError | None = None
 
     @property
@@ -122,12 +124,20 @@ class Listing:
         elif self._trouble is not None:
             raise self._trouble.with_traceback(None)
         self._looked_at = now
-        passing = any(not node.seen.alive for node in self.nodes.values()) if self._busy else False
-        same = sightings is self._sightings and tags == self._tags
-        if same and not (self._reports.is_stale or self._unlisted or passing):
+        same = sightings is self._sightings and tags == self._tags and not (self._unlisted or self._passing)
+        if same and not self._reports.is_stale:
             self.ended = []
             return False
-        self._build(sightings, tags)
+        everything = sightings
+        if self._unlisted:
+            seen_ids = {seen.node_id for seen in sightings}
+            everything = [*sightings, *(lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids)]
+        reports = self._reports.read(everything)
+        if same and reports == self._said:
+            self.ended = []
+            return False
+        self._build(everything, reports, tags)
+        self._sightings, self._tags, self._said = sightings, tags, reports
         return True
 
     def _interval(self) -> float:
@@ -176,18 +186,20 @@ class Listing:
         report = self._directory.head_report()
         return {report.node_id} if report is not None and report.phase != ENDED else set()
 
-    def _build(self, sightings: list[Sighting], tags: Mapping[str, Mapping[str, str]]) -> None:
-        seen_ids = {seen.node_id for seen in sightings}
-        everything = [*sightings, *(lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids)]
-        reports = self._reports.read(everything)
-        found = join(everything, tags, reports, self._own if self._inside else "")
+    def _build(
+        self,
+        sightings: list[Sighting],
+        reports: Mapping[str, NodeReport | None],
+        tags: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        found = join(sightings, tags, reports, self._own if self._inside else "")
         self.ended = [node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes]
         self.nodes = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
         self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in self.nodes}
         self._ending &= self.nodes.keys()
+        self._passing = any(not node.seen.alive for node in self.nodes.values())
         self._busy = bool(self._ending or self._unlisted) or not all(node.settled for node in self.nodes.values())
         self._remember(found)
-        self._sightings, self._tags = sightings, tags
 
     def _remember(self, found: Mapping[str, Node]) -> None:
         self.known.update(found)

@@ -63,7 +63,9 @@ class ReportBook:
         """Return what some nodes say of themselves, and forget all others."""
         everything = self._eager or self._all_are_due
         known = self._known
-        self._known = {(seen.node_id, seen.alive): self._one(seen, known, everything) for seen in sightings}
+        # In the queue a node says nothing.
+        speaking = [seen for seen in sightings if self._eager or not seen.queued]
+        self._known = {(seen.node_id, seen.alive): self._one(seen, known, everything) for seen in speaking}
         if everything:
             self._read_all_at, self._left_out = self._clock(), False
         return {node_id: report for (node_id, _), report in self._known.items()}
@@ -76,13 +78,10 @@ class ReportBook:
         self, seen: Sighting, known: Mapping[tuple[str, bool], NodeReport | None], everything: bool
     ) -> NodeReport | None:
         key = (seen.node_id, seen.alive)
-        if not self._eager:
-            if seen.queued:
-                return None
-            if key in known:
-                last = known[key]
-                starting = last is None or last.phase == STARTING
-                # What a node said last is read once after its end.
-                if not (seen.alive and (everything or (starting and self._news))):
-                    return last
+        if not self._eager and key in known:
+            last = known[key]
+            starting = last is None or last.phase == STARTING
+            # What a node said last is read once after its end.
+            if not (seen.alive and (everything or (starting and self._news))):
+                return last
         return read_report(self._paths.report(seen.node_id))

@@ -21,6 +21,11 @@ from faults.checker import Checker, ray_nodes_command
 from faults.faults import FAULTS, apply
 
 WORKERS = 3
+# The partition's default is an hour.
+HEAD = {
+    "resources": {"CPU": 0},
+    "node_config": {"sbatch": {"cpus_per_task": 1, "mem": "2G", "time": "1-00:00:00"}},
+}
 
 
 def keep_evidence(cluster, place):
@@ -56,7 +61,7 @@ def run(minutes, seed, figures=None):
             "node_config": {"sbatch": {"cpus_per_task": 2, "mem": "1G"}},
         }
     }
-    cluster = bed.cluster(place, "random", types=types)
+    cluster = bed.cluster(place, "random", types=types, head=HEAD)
     checker = Checker(bed.tell, "random", WORKERS, bed.box.paths.logs / "slurmctld.log", cluster.root / "state.json")
     recovered = defaultdict(list)
     problems = []

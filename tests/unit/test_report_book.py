@@ -104,5 +104,5 @@ def test_the_last_word_is_read_when_a_node_has_ended_and_then_no_more(desk):
 
 def test_nodes_in_the_queue_have_said_nothing(desk):
     desk.say("a", STARTING)
-    assert desk.phases(Sighting("a", "h", queued=True)) == {"a": None}
+    assert desk.phases(Sighting("a", "h", queued=True)) == {}
     assert desk.opened == []
