@@ -12,6 +12,7 @@ import time
 from ray_slurm_provider import procfs
 
 _POLL_S = 0.02
+_QUIET_READINGS = 3
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -72,8 +73,11 @@ def reap() -> None:
 def end_descendants(timeout_s: float) -> None:
     """Kill everything below this process, also what it inherited as subreaper, and what that starts meanwhile."""
     deadline = time.monotonic() + timeout_s
-    while (left := procfs.descendants(os.getpid())) and time.monotonic() < deadline:
+    # Who is being handed from a dying parent to us while /proc is read may be missing in one reading.
+    quiet = 0
+    while quiet < _QUIET_READINGS and time.monotonic() < deadline:
+        left = procfs.descendants(os.getpid())
+        quiet = 0 if left else quiet + 1
         procfs.send(left, signal.SIGKILL)
         reap()
         time.sleep(_POLL_S)
-    reap()
