@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +27,6 @@ from ray_slurm_provider.agent.ray_command import STARTED_MARK
 from ray_slurm_provider.config import SlurmSettings
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
 
 UPDATE_INTERVAL_S = SlurmSettings().update_interval_s
@@ -139,11 +139,8 @@ class Place:
     def _lines(self, words: list[str]) -> list[str]:
         try:
             return self.box.run(*words).split()
-        except OSError:
-            return []
-        except Exception as error:
-            if getattr(error, "returncode", None) is None:
-                raise
+        except subprocess.CalledProcessError:
+            # squeue fails when it knows none of the jobs any more.
             return []
 
 

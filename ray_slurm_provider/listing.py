@@ -104,7 +104,7 @@ class Listing:
 
     def cancelled(self, node_ids: Iterable[str]) -> None:
         """Expect nodes to end."""
-        self._ending.update(node_ids)
+        self._ending |= self.nodes.keys() & set(node_ids)
 
     def look(self, tags: Mapping[str, Mapping[str, str]]) -> bool:
         """Bring the nodes up to date; tell whether anything may have changed.
@@ -147,7 +147,7 @@ class Listing:
         if self._trouble is not None:
             return min(_TROUBLE_S, busy)
         # After news, and once more later: a job ends a little after it has said so.
-        return busy if self._busy or self._news_at > self._asked_at - busy else usual
+        return busy if self._busy or self._ending or self._news_at > self._asked_at - busy else usual
 
     def _ask(self, tags: Mapping[str, Mapping[str, str]]) -> list[Sighting]:
         self._asked_at = self._clock()
@@ -198,7 +198,7 @@ class Listing:
         self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in self.nodes}
         self._ending &= self.nodes.keys()
         self._passing = any(not node.seen.alive for node in self.nodes.values())
-        self._busy = bool(self._ending or self._unlisted) or not all(node.settled for node in self.nodes.values())
+        self._busy = bool(self._unlisted) or not all(node.settled for node in self.nodes.values())
         self._remember(found)
 
     def _remember(self, found: Mapping[str, Node]) -> None:

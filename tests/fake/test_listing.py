@@ -119,6 +119,22 @@ def test_a_controller_that_is_away_is_asked_every_five_seconds(monitor, asked, f
     assert fake_slurm.calls("squeue") - before == 4
 
 
+def test_a_node_that_does_not_end_at_once_is_asked_for_soon(monitor, asked, fake_slurm):
+    worker = _worker(monitor)
+    fake_slurm.change(2, state="RUNNING")
+    _say(monitor, worker, READY)
+    asked(120)
+    monitor.terminate([worker])
+    # Its processes take their time; the controller's answer is still the old one.
+    fake_slurm.change(2, state="RUNNING")
+    asked(1)
+    fake_slurm.change(2, state="COMPLETING")
+    assert asked(11) >= 1
+    assert worker not in monitor.nodes()
+    asked(30)
+    assert 2 <= asked(180) <= 4
+
+
 def test_nodes_that_went_long_ago_are_forgotten(monitor, fake_slurm, clock, monkeypatch):
     monkeypatch.setattr(listing, "_REMEMBERED", 3)
     made = [_worker(monitor) for _ in range(5)]
