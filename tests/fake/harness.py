@@ -34,6 +34,15 @@ class FakeSlurm:
             "FAKE_SLURM_DIR": str(directory),
         }
 
+    def of_head(self, head_id, v2="1"):
+        """The environment of the autoscaler in a head's job."""
+        return {
+            **self.environ,
+            "RAY_CLOUD_INSTANCE_ID": head_id,
+            "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
+            "RAY_enable_autoscaler_v2": v2,
+        }
+
     def jobs(self):
         path = self.directory / "jobs.json"
         return json.loads(path.read_text()) if path.exists() else []

@@ -25,13 +25,7 @@ def make_monitor(fake_slurm, tmp_path, clock):
         settings = SlurmSettings(state_dir=str(tmp_path / "state"), default_python="/x", **EAGER, **settings)
         head_id = Cluster("c", settings, fake_slurm.environ).create_head("head", CONFIG, HEAD)
         fake_slurm.change(1, state="RUNNING")
-        environ = {
-            **fake_slurm.environ,
-            "RAY_CLOUD_INSTANCE_ID": head_id,
-            "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
-            "RAY_enable_autoscaler_v2": v2,
-        }
-        return Cluster("c", settings, environ, clock=clock, wall_clock=clock)
+        return Cluster("c", settings, fake_slurm.of_head(head_id, v2), clock=clock, wall_clock=clock)
 
     return make
 

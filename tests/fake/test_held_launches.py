@@ -31,12 +31,7 @@ def make_monitor(login, fake_slurm, clock):
     fake_slurm.change(1, state="RUNNING")
 
     def make(**settings):
-        environ = {
-            **fake_slurm.environ,
-            "RAY_CLOUD_INSTANCE_ID": head_id,
-            "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
-            "RAY_enable_autoscaler_v2": "1",
-        }
+        environ = fake_slurm.of_head(head_id)
         return Cluster("c", login.settings.model_copy(update=settings), environ, clock=clock, wall_clock=clock)
 
     return make

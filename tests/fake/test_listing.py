@@ -33,9 +33,8 @@ def monitor(login, fake_slurm, clock):
     """The cluster as the autoscaler on a head sees it; the head is up."""
     head_id = login.create_head("head", CONFIG, HEAD)
     fake_slurm.change(1, state="RUNNING")
-    environ = {**fake_slurm.environ, "RAY_CLOUD_INSTANCE_ID": head_id, "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5"}
     _say(login, head_id, READY)
-    return Cluster("c", login.settings, environ, clock=clock, wall_clock=clock)
+    return Cluster("c", login.settings, fake_slurm.of_head(head_id), clock=clock, wall_clock=clock)
 
 
 @pytest.fixture
