@@ -102,8 +102,8 @@ def test_autoscaler_v1_grows_and_shrinks_also_when_nodes_share_a_host(make_clust
     cluster = make_cluster("old", types=WORKER, idle_timeout_minutes=0.1)
     cluster.environ["RAY_UP_enable_autoscaler_v2"] = "0"
     cluster.up()
-    assert "cloud instance" not in cluster.head_monitor_log().read_text()
     seen = cluster.run_on_head(tasks_script(tmp_path, 2))
+    assert "cloud instance" not in cluster.head_monitor_log().read_text()
     jobs = {task["job"] for task in seen}
     assert len(jobs) == 2
     assert {job.job_id for job in cluster.workers()} == jobs
