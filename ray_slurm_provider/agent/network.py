@@ -144,11 +144,13 @@ class Line:
         """Connect; return ``open``, ``refused`` (positively nobody there) or ``unknown``."""
         self.close()
         try:
-            self._socket = socket.create_connection(self._address, timeout=timeout_s)
-        except ConnectionRefusedError:
-            return "refused"
-        except OSError:
-            return "unknown"
+            # Not `create_connection`: it loads the rules of international names, 1.6 ms, for a number.
+            self._socket = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET)
+            self._socket.settimeout(timeout_s)
+            self._socket.connect(self._address)
+        except OSError as error:
+            self.close()
+            return "refused" if isinstance(error, ConnectionRefusedError) else "unknown"
         self._socket.setblocking(False)
         for option, value in _KEEPALIVE:
             self._socket.setsockopt(socket.IPPROTO_TCP, option, value)

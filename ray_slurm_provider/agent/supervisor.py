@@ -142,7 +142,6 @@ class Supervisor:
             raise StartError(
                 f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there"
             )
-        self._publish()
         try:
             resources = self._resources()
             address = self._choose_address()
@@ -259,6 +258,7 @@ class Supervisor:
                 if self._signals or time.monotonic() > deadline:
                     raise
                 logger.warning("SLURM does not answer, trying again: %s", error.complaint)
+                self._publish()
                 time.sleep(_ASK_AGAIN_S)
 
     # -- while Ray runs -------------------------------------------------------------------------
