@@ -40,7 +40,7 @@ class SlurmJobs:
         self._home = home
         self._births = births
         self._rows: list[Job] = []
-        self._by_row: dict[str, tuple[Job, list[Sighting]]] = {}
+        self._by_row: dict[int, list[Sighting]] = {}
         self._sightings: list[Sighting] = []
         self._largest_array: int | None = None
 
@@ -48,14 +48,12 @@ class SlurmJobs:
         """Return this cluster's jobs, by one squeue."""
         rows = self._client.jobs()
         if rows is not self._rows:
+            # A row that has not changed is the same object; the old ones are held here, so no id is given out again.
             known = self._by_row
             self._by_row = {
-                row.job_id: known[row.job_id]
-                if row.job_id in known and known[row.job_id][0] is row
-                else (row, self._of_row(row))
-                for row in rows
+                id(row): found if (found := known.get(id(row))) is not None else self._of_row(row) for row in rows
             }
-            self._rows, self._sightings = rows, [seen for _, found in self._by_row.values() for seen in found]
+            self._rows, self._sightings = rows, [seen for found in self._by_row.values() for seen in found]
         return self._sightings
 
     def batch_size(self, launch: Launch) -> int:

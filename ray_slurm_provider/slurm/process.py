@@ -45,7 +45,7 @@ _CLIENT_PACKAGES = "slurm-client"
 
 
 class Completed(NamedTuple):
-    """A tool that ended with exit code 0.
+    """A tool that has ended.
 
     Attributes:
         argv: The command line.
@@ -110,22 +110,23 @@ class SlurmTools(NamedTuple):
         try:
             done = subprocess.run(
                 command,
-                input=stdin,
+                input=os.fsencode(stdin),
                 capture_output=True,
-                text=True,
-                errors="surrogateescape",
                 timeout=self.timeout_s,
                 env=env,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise SlurmUnavailable(argv, None, _text(error.stdout), f"no answer in {self.timeout_s:g} s") from error
+            raise SlurmUnavailable(
+                argv, None, os.fsdecode(error.stdout or b""), f"no answer in {self.timeout_s:g} s"
+            ) from error
         except OSError as error:
             raise SlurmNotFound(argv, None, "", str(error)) from error
         logger.debug("%s took %.3f s, exit code %d", argv, time.monotonic() - started, done.returncode)
+        completed = Completed(tuple(argv), os.fsdecode(done.stdout), os.fsdecode(done.stderr))
         if done.returncode != 0:
-            raise _failure(argv, done)
-        return Completed(tuple(argv), done.stdout, done.stderr)
+            raise _failure(completed, done.returncode)
+        return completed
 
     def path_of(self, tool: str) -> str:
         """Return the path of a tool.
@@ -149,16 +150,10 @@ def _require_configuration(argv: Sequence[str], env: Mapping[str, str]) -> None:
         raise SlurmNotFound(argv, None, "", f"SLURM_CONF names {conf}, which does not exist")
 
 
-def _failure(argv: Sequence[str], done: subprocess.CompletedProcess[str]) -> SlurmError:
+def _failure(done: Completed, code: int) -> SlurmError:
     if any(sign in done.stderr for sign in _NO_CONFIGURATION_SIGNS):
         advice = 'This machine knows no SLURM. Is SLURM_CONF set? For a sandbox: eval "$(ray-slurm sandbox env)"'
-        return SlurmNotFound(argv, done.returncode, done.stdout, done.stderr, advice)
+        return SlurmNotFound(done.argv, code, done.stdout, done.stderr, advice)
     unavailable = any(sign in done.stderr for sign in _UNAVAILABLE_SIGNS)
     kind = SlurmUnavailable if unavailable else SlurmError
-    return kind(argv, done.returncode, done.stdout, done.stderr)
-
-
-def _text(output: str | bytes | None) -> str:
-    if isinstance(output, bytes):
-        return output.decode(errors="replace")
-    return output or ""
+    return kind(done.argv, code, done.stdout, done.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 _WORDS = {
     "AccountNotAllowed": "the partition is not for this account",
     "AssocGrpCpuLimit": "your account has as many CPUs as it may have",
@@ -72,6 +74,7 @@ def in_words(reason: str) -> str:
     return f"{reason} ({words}; it will never start)" if waits_for_ever(reason) else f"{reason} ({words})"
 
 
+@lru_cache(maxsize=256)
 def waits_for_ever(reason: str) -> bool:
     """Tell whether a job with this reason will never start as it is."""
     return _name(reason) in _FOR_EVER
