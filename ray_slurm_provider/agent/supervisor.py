@@ -32,15 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray_slurm_provider import procfs, tls
-from ray_slurm_provider.agent import kernel, network, ports, ray_command
+from ray_slurm_provider.agent import kernel, network, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
 from ray_slurm_provider.agent.head_watch import HeadWatch
 from ray_slurm_provider.agent.keeper import DirectoryKeeper
 from ray_slurm_provider.agent.monitor import Monitor
 from ray_slurm_provider.agent.pace import Pace
-from ray_slurm_provider.agent.requests import END, RESTART, Requests, socket_path
+from ray_slurm_provider.agent.place import Place
+from ray_slurm_provider.agent.requests import END, RESTART
 from ray_slurm_provider.agent.siblings import Siblings
-from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
+from ray_slurm_provider.agent.temp_dirs import sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 from ray_slurm_provider.files import read_json_object, write_atomically
@@ -67,7 +68,6 @@ T = TypeVar("T")
 logger = logging.getLogger("ray_slurm_provider.agent")
 
 _LOOP_S = 1.0
-_TURN_POLL_S = 0.1
 # Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
 _START_ATTEMPTS = 3
@@ -107,10 +107,7 @@ class Supervisor:
         self._keeper = DirectoryKeeper(spec.directory) if spec.is_head else None
         self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
-        self._temp_dir: Path | None = None
-        self._reserved: ports.Reservation | None = None
-        self._requests: Requests | None = None
-        self._start_lock: StartLock | None = None
+        self._place = Place(spec, self._node_id, self._paths.environment(self._node_id))
         self._child: subprocess.Popen[bytes] | None = None
         self._raylet: procfs.Process | None = None
         self._tail = b""
@@ -145,9 +142,10 @@ class Supervisor:
         try:
             resources = self._resources()
             address = self._choose_address()
-            self._take_place(address)
+            self._place.take()
         except ValueError as error:
             raise StartError(str(error)) from error
+        self._publish(phase=STARTING, address=address, ports=self._place.ports, temp_dir=str(self._place.temp_dir))
         if not self._spec.is_head and (reason := self._head.why_not_start(self._signals)):
             if self._head.known_gone:
                 # Nobody else may be left to do that.
@@ -156,18 +154,6 @@ class Supervisor:
         if self._spec.tls:
             tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
         return self._ray_start(resources)
-
-    def _take_place(self, address: str) -> None:
-        """Take a directory, ports and a socket on this host, and say which."""
-        for path in sweep_temp_dirs(self._spec.temp_dir):
-            logger.info("removed %s, left behind by a job that was killed", path)
-        temp_dir = self._temp_dir = self._take_temp_dir()
-        names = ray_command.HEAD_PORTS if self._spec.is_head else ray_command.NODE_PORTS
-        self._reserved = ports.reserve(names, self._spec.service_ports)
-        self._publish(phase=STARTING, address=address, ports=dict(self._reserved.ports), temp_dir=str(temp_dir))
-        (temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
-        path = Path(socket_path(str(temp_dir), self._node_id))
-        self._requests = Requests(path, self._paths.environment(self._node_id))
 
     def _ray_start(self, resources: dict[str, int]) -> tuple[list[str], dict[str, str]]:
         report = self._report
@@ -215,36 +201,6 @@ class Supervisor:
     def _tls_environment(self) -> dict[str, str]:
         return tls.tls_environment(self._authority, self._certificate) if self._spec.tls else {}
 
-    def _take_temp_dir(self) -> Path:
-        if self._spec.is_head or ray_command.has_own_temp_dir():
-            return make_temp_dir(self._spec.temp_dir, self._node_id)
-        shared = Path(self._spec.head_temp_dir)
-        join_temp_dir(shared, self._node_id)
-        self._start_lock = StartLock(shared)
-        return shared
-
-    def _give_back(self) -> None:
-        """Give back what was taken on this host: socket, ports, directory."""
-        if self._requests is not None:
-            self._requests.close()
-            self._requests = None
-        if self._reserved is not None:
-            self._reserved.release()
-            self._reserved = None
-        if self._temp_dir is not None:
-            leave_temp_dir(self._temp_dir, self._node_id)
-            self._temp_dir = None
-
-    def _wait_for_turn(self) -> None:
-        """Wait until no other node that shares our directory is starting."""
-        while self._start_lock is not None and not self._start_lock.acquired() and not self._signals:
-            time.sleep(_TURN_POLL_S)
-
-    def _end_turn(self) -> None:
-        if self._start_lock is not None:
-            self._start_lock.release()
-            self._start_lock = None
-
     def _job_facts(self) -> Mapping[str, str]:
         return self._patiently(lambda: self._slurm.job_facts(job_id_of(self._node_id)))
 
@@ -281,12 +237,12 @@ class Supervisor:
             if restarting:
                 # Now that no autoscaler can ask for more.
                 self._siblings.cancel()
-            self._give_back()
+            self._place.give_back()
             self._tail, self._raylet = b"", None
             command, environment = self._prepare()
 
     def _restarting(self) -> bool:
-        asked = self._requests is not None and RESTART in self._requests.asked
+        asked = self._place.requests is not None and RESTART in self._place.requests.asked
         return asked and self._spec.is_head and not self._signals
 
     def _lost_a_port(self) -> bool:
@@ -294,7 +250,7 @@ class Supervisor:
         return self._report.phase == STARTING and taken is not None and not self._signals
 
     def _run_ray(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
-        self._wait_for_turn()
+        self._place.wait_for_turn(self._signals)
         logger.info("starting %s", shlex.join(command))
         self._child = subprocess.Popen(
             command,
@@ -310,8 +266,8 @@ class Supervisor:
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ, lambda stream: self._pump(stream, environment))
             selector.register(wakeup, selectors.EVENT_READ, kernel.drain_wakeup)
-            if self._requests is not None:
-                selector.register(self._requests.listener, selectors.EVENT_READ, self._requests.serve)
+            if self._place.requests is not None:
+                selector.register(self._place.requests.listener, selectors.EVENT_READ, self._place.requests.serve)
             while True:
                 for key, _ in selector.select(_LOOP_S):
                     if not key.data(key.fileobj):
@@ -347,7 +303,7 @@ class Supervisor:
         self._publish(phase=READY, ready_at=time.time())
         if self._spec.is_head:
             self._monitor = Monitor(self._monitor_command(environment), environment)
-        self._end_turn()
+        self._place.end_turn()
         kernel.give_memory_back()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
@@ -381,12 +337,12 @@ class Supervisor:
         """Return why to end Ray, when somebody wants that."""
         if signal.SIGTERM in self._signals:
             return "the job was cancelled or reached its time limit"
-        if self._requests is None:
+        if self._place.requests is None:
             return ""
-        self._requests.reap()
+        self._place.requests.reap()
         if self._restarting():
             return "a restart was asked for"
-        if END in self._requests.asked:
+        if END in self._place.requests.asked:
             return "the command of `ray exec --stop` has ended"
         if self._spec.login_node and self._paths.stop(self._node_id).exists():
             return "it was ended from another host"
@@ -410,7 +366,7 @@ class Supervisor:
                 write_atomically(self._paths.reason(self._node_id), reason + "\n")
         if not self._spec.is_head:
             self._publish(phase=ENDED, reason=reason)
-        self._give_back()
+        self._place.give_back()
 
     def _end_processes(self) -> None:
         """End everything below this process, the autoscaler first, also what it inherited as subreaper."""

@@ -54,6 +54,7 @@ LAYERS = [
     {"fields"},
     {"launch_records"},
     {"agent.supervisor"},
+    {"agent.place"},
     {
         "agent.head_watch",
         "agent.ray_command",
