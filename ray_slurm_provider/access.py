@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ray_slurm_provider import tls
 from ray_slurm_provider.agent.network import connection_state, own_addresses
-from ray_slurm_provider.agent.ray_command import access_environment
+from ray_slurm_provider.agent.ray_command import CONNECTION_ENVIRONMENT, access_environment
 from ray_slurm_provider.backends.login_process import host_name
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.reports import READY
@@ -44,6 +44,7 @@ def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str
     report = ready_head_report(cluster)
     return {
         "RAY_ADDRESS": report.client_address if client else report.gcs_address,
+        **CONNECTION_ENVIRONMENT,
         **access_environment(cluster.directory.root, token_auth=cluster.settings.token_auth),
         **_tls_variables(cluster),
     }

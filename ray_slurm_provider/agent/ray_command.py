@@ -31,6 +31,9 @@ _LAUNCHES = "1000"
 # What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
 TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
+# After a short cut of the network a process may wait for an answer on a connection that the other end has closed; Ray's
+# clients look after 300 s whether it still lives. Ray's servers allow them to look once in 60 s (rpc/grpc_server.cc).
+CONNECTION_ENVIRONMENT = {"RAY_grpc_client_keepalive_time_ms": "60000"}
 # What tells Ray's autoscalers apart, and how v1 shall know a node.
 V2_VARIABLE = "RAY_enable_autoscaler_v2"
 NODE_NUMBER_RESOURCE = "NODE_ID_AS_RESOURCE"
@@ -137,6 +140,7 @@ def start_environment(
         # How v1 tells nodes apart that share an address (ray/autoscaler/_private/monitor.py, use_node_id_as_ip).
         resources = {**resources, NODE_NUMBER_RESOURCE: node_number(node_id)}
     result = {
+        **CONNECTION_ENVIRONMENT,
         **access_environment(spec.directory, token_auth=spec.token_auth),
         **({} if spec.metrics else {"RAY_enable_metrics_collection": "0"}),
         "RAY_OVERRIDE_RESOURCES": json.dumps(dict(resources), sort_keys=True),
@@ -202,8 +206,8 @@ def shell_environment(environ: Mapping[str, str], temp_dir: str, access: Mapping
         access: What a process needs to talk to this Ray.
     """
     left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
-    variables = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
-    variables |= access
+    kept = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
+    variables = {**CONNECTION_ENVIRONMENT, **kept, **access}
     variables[TEMP_DIR_VARIABLE] = temp_dir
     variables["RAY_SLURM_PYTHON"] = sys.executable
     # A tmux or screen session of this cluster is none of the user's others on this host.

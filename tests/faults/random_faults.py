@@ -29,16 +29,23 @@ HEAD = {
 
 
 def keep_evidence(cluster, place):
-    """Keep what Ray has to say about itself beside the cluster's directory."""
-    with suppress(OSError, ValueError, KeyError):
+    """Keep what Ray has to say about itself beside the cluster's directory, and its connections."""
+    with suppress(OSError, ValueError, KeyError, subprocess.SubprocessError):
         head = json.loads((cluster.root / "head.json").read_text())
-        shutil.copytree(
-            f"{head['temp_dir']}/session_latest/logs", place / "ray-logs", symlinks=True, dirs_exist_ok=True
-        )
-        command = [*cluster.prefix, *RAY, "status", "-v", f"--address={head['address']}:{head['ports']['gcs']}"]
+        gcs, dashboard = (f"{head['address']}:{head['ports'][name]}" for name in ("gcs", "dashboard"))
+        questions = {
+            "ray-status.txt": [*RAY, "status", "-v", f"--address={gcs}"],
+            "ray-nodes.txt": [*RAY, "list", "nodes", f"--address=http://{dashboard}"],
+            "ray-tasks.txt": [*RAY, "list", "tasks", "--filter=state!=FINISHED", f"--address=http://{dashboard}"],
+            "connections.txt": ["ss", "-tnpoi"],
+        }
         environ = {**os.environ, **cluster.access_variables()}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
-        (place / "ray-status.txt").write_text(done.stdout + done.stderr)
+        for name, question in questions.items():
+            command = [*cluster.prefix, *question]
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+            (place / name).write_text(done.stdout + done.stderr)
+        logs = f"{head['temp_dir']}/session_latest/logs"
+        shutil.copytree(logs, place / "ray-logs", symlinks=True, dirs_exist_ok=True)
 
 
 def run(minutes, seed, figures=None):

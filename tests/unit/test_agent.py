@@ -16,7 +16,7 @@ from support import wait_for
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, temp_dirs
-from ray_slurm_provider.agent.ray_command import HEAD_PORTS, start_command, start_environment
+from ray_slurm_provider.agent.ray_command import HEAD_PORTS, shell_environment, start_command, start_environment
 from ray_slurm_provider.agent.spec import AgentSpec, read_spec
 from ray_slurm_provider.files import write_atomically, write_json
 
@@ -162,6 +162,13 @@ def test_the_head_gets_its_ports_and_rays_patience():
     assert environ["RAY_AUTH_MODE"] == "token"
     assert environ["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"].isdigit()
     assert environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"
+
+
+def test_a_broken_connection_is_noticed_soon_unless_somebody_wants_it_otherwise():
+    name = "RAY_grpc_client_keepalive_time_ms"
+    assert start_environment(WORKER, "9-a", {"CPU": 2}, "", "", {}, {})[name] == "60000"
+    assert f"export {name}=60000\n" in shell_environment({}, "/t", {})
+    assert f"export {name}=5\n" in shell_environment({name: "5"}, "/t", {})
 
 
 def test_without_a_token_the_dashboard_stays_on_the_host():
