@@ -234,9 +234,8 @@ class Cluster:
         finally:
             self.forget_listing()
         with self._lock:
-            for node_id in node_ids:
-                self._listing.submitted(node_id, launch)
-                self.launches.launched(node_id)
+            self._listing.submitted(node_ids, launch)
+            self.launches.launched(node_ids)
         return node_ids
 
     def terminate(self, node_ids: list[str]) -> None:

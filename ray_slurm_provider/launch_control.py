@@ -72,9 +72,9 @@ class LaunchControl:
         """Return the SLURM nodes on which nothing shall start now."""
         return self._records.avoided(self._clock())
 
-    def launched(self, node_id: str) -> None:
-        """Note that a node was submitted."""
-        self._born[node_id] = self._clock()
+    def launched(self, node_ids: Iterable[str]) -> None:
+        """Note that nodes were submitted."""
+        self._born.update(dict.fromkeys(node_ids, self._clock()))
 
     def rejected(self, node_type: str, error: SubmitRejected) -> None:
         """Note that SLURM does not take a job."""

@@ -73,7 +73,7 @@ class Listing:
         self._sightings: list[Sighting] = []
         self._tags: Mapping[str, Mapping[str, str]] = {}
         self._said: Mapping[str, NodeReport | None] = {}
-        self._unlisted: dict[str, Sighting] = {}
+        self._unlisted: dict[str, Launch] = {}
         self._ending: set[str] = set()
         self._looked_at = self._asked_at = self._news_at = float("-inf")
         self._busy = self._passing = False
@@ -93,9 +93,9 @@ class Listing:
         self._looked_at = self._asked_at = float("-inf")
         self._trouble = None
 
-    def submitted(self, node_id: str, launch: Launch) -> None:
-        """Expect a node: should SLURM never show it, it is listed once as ended."""
-        self._unlisted[node_id] = Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
+    def submitted(self, node_ids: Iterable[str], launch: Launch) -> None:
+        """Expect nodes: one that SLURM never shows is listed once as ended."""
+        self._unlisted.update(dict.fromkeys(node_ids, launch))
 
     def unwanted(self, node_ids: Iterable[str]) -> None:
         """Expect nodes no more that were submitted."""
@@ -131,7 +131,12 @@ class Listing:
         everything = sightings
         if self._unlisted:
             seen_ids = {seen.node_id for seen in sightings}
-            everything = [*sightings, *(lost for node_id, lost in self._unlisted.items() if node_id not in seen_ids)]
+            lost = [
+                Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
+                for node_id, launch in self._unlisted.items()
+                if node_id not in seen_ids
+            ]
+            everything = [*sightings, *lost]
         reports = self._reports.read(everything)
         if same and reports == self._said:
             self.ended = []
@@ -195,7 +200,7 @@ class Listing:
         found = join(sightings, tags, reports, self._own if self._inside else "")
         self.ended = [node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes]
         self.nodes = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
-        self._unlisted = {node_id: lost for node_id, lost in self._unlisted.items() if node_id not in self.nodes}
+        self._unlisted = {node_id: launch for node_id, launch in self._unlisted.items() if node_id not in self.nodes}
         self._ending &= self.nodes.keys()
         self._passing = any(not node.seen.alive for node in self.nodes.values())
         self._busy = bool(self._unlisted) or not all(node.settled for node in self.nodes.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -134,10 +135,9 @@ class SlurmTools(NamedTuple):
         Raises:
             SlurmNotFound: It is not there.
         """
-        for directory in [self.bin_dir] if self.bin_dir else os.get_exec_path(self.environ):
-            path = Path(directory) / tool
-            if os.access(path, os.X_OK) and path.is_file():
-                return str(path)
+        found = shutil.which(tool, path=self.bin_dir or os.pathsep.join(os.get_exec_path(self.environ)))
+        if found is not None:
+            return found
         where = f"in {self.bin_dir}" if self.bin_dir else "on PATH"
         advice = f"Debian and Ubuntu have it in the package {_CLIENT_PACKAGES}; elsewhere set slurm_bin."
         raise SlurmNotFound([tool], None, "", f"{tool} is not {where}", advice)
