@@ -196,9 +196,9 @@ def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]
 
 
 def _memory(box: Bed, size: int, kind: str) -> list[Result]:
-    """Compare the memory of a fresh process before and after it has listed everything."""
+    """Compare the memory of a fresh process before and after it has listed everything, and a few changes after that."""
     code = """
-import json, os, re, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings
@@ -209,10 +209,12 @@ def resident_kib():
 
 cluster = Cluster("bench", SlurmSettings(state_dir=sys.argv[1]), {**os.environ, "RAY_SLURM_GCS_ADDRESS": "x"})
 empty = resident_kib()
-for _ in range(5):
+found = list(cluster.nodes())
+for node_id in found[-5:]:
+    subprocess.run(["scancel", node_id.partition("-")[0]], check=True)
     cluster.forget_listing()
-    found = len(cluster.nodes())
-print(json.dumps([found, resident_kib() - empty]))
+    cluster.nodes()
+print(json.dumps([len(found), resident_kib() - empty]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(box.parent / "state")],

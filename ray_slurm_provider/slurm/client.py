@@ -57,7 +57,6 @@ class SlurmClient:
 
     def __init__(self, tools: SlurmTools | None = None) -> None:
         self.tools = tools or SlurmTools()
-        self._text: str | None = None
         self._rows: dict[str, Job] = {}
         self._jobs: list[Job] = []
 
@@ -69,12 +68,14 @@ class SlurmClient:
         """
         argv = squeue_argv()
         text = self.tools.run(argv).stdout
-        if text != self._text:
-            try:
-                self._rows = parse.parse_squeue(text, self._rows)
-            except ValueError as error:
-                raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
-            self._text, self._jobs = text, list(self._rows.values())
+        try:
+            rows = parse.parse_squeue(text, self._rows)
+        except ValueError as error:
+            raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
+        jobs = list(rows.values())
+        # A row that has not changed is the same object, so this takes no time.
+        if jobs != self._jobs:
+            self._rows, self._jobs = rows, jobs
         return self._jobs
 
     def queue(self) -> dict[str, QueuePlace]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from sys import intern
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState, QueuePlace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 SEPARATOR = "\x1f"
 
 # Free text stands last: a newline or a separator inside it cannot move another field. Nothing here changes while a job
-# runs, so that an answer like the one before needs no reading.
+# runs, so that its row is read once.
 SQUEUE_FIELDS = ("%i", "%T", "%r", "%P", "%N", "%l", "%e", "%S", "%j", "%k")
 SQUEUE_FORMAT = SEPARATOR.join(SQUEUE_FIELDS)
 # The first word of squeue's header: the header proves that squeue itself answered.
@@ -46,13 +47,21 @@ def parse_squeue(text: str, known: Mapping[str, Job] | None = None) -> dict[str,
     """
     if not text.endswith("\n"):
         raise ValueError("the last line is not complete")
-    lines = text.split("\n")
+    lines = _lines(text)
     # A banner may stand before the header.
-    header = next((i for i, line in enumerate(lines) if line.startswith(_HEADER_START)), None)
-    if header is None:
+    if not any(line.startswith(_HEADER_START) for line in lines):
         raise ValueError("there is no header line")
     known = known or {}
-    return {line: job for line in lines[header + 1 :] if (job := known.get(line) or _parse_row(line)) is not None}
+    # A line that is known already is not kept a second time.
+    return {job.line: job for line in lines if (job := known.get(line) or _parse_row(line)) is not None}
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield the complete lines, one by one: an answer may have megabytes."""
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
 
 
 def _parse_row(line: str) -> Job | None:
@@ -65,14 +74,16 @@ def _parse_row(line: str) -> Job | None:
     return Job(
         job_id,
         JobState.of(state),
-        _NOTHING.get(reason, reason),
-        partition,
+        # What many jobs have in common is kept once.
+        intern(_NOTHING.get(reason, reason)),
+        intern(partition),
         _NOTHING.get(nodes, nodes),
-        _NOTHING.get(limit, limit),
+        intern(_NOTHING.get(limit, limit)),
         _NOTHING.get(end, end),
         _NOTHING.get(start, start),
-        name,
-        "" if comment == "(null)" else comment,
+        intern(name),
+        line,
+        len(line) - len(comment),
     )
 
 

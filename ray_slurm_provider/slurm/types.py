@@ -89,7 +89,8 @@ class Job(NamedTuple):
         end: When it ends at the latest, or has ended, as squeue prints it; "" when unknown.
         start: Start, or its estimate while the job waits, as squeue prints it; "" when unknown.
         name: The job's name.
-        comment: The job's comment.
+        line: The row as squeue printed it.
+        comment_at: Where in the line the job's comment starts.
     """
 
     job_id: str
@@ -101,7 +102,14 @@ class Job(NamedTuple):
     end: str = ""
     start: str = ""
     name: str = ""
-    comment: str = ""
+    line: str = ""
+    comment_at: int = 0
+
+    @property
+    def comment(self) -> str:
+        """The job's comment, "" when it has none; the longest part of a row, so it is not kept twice."""
+        text = self.line[self.comment_at :]
+        return "" if text == "(null)" else text
 
     @property
     def alive(self) -> bool:
