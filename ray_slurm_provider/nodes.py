@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray_slurm_provider.backends.login_process import PREFIX
 from ray_slurm_provider.birth_certificate import job_id_of
@@ -23,8 +22,7 @@ KIND_HEAD = "head"
 STATUS_UP_TO_DATE = "up-to-date"
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A Ray node of the cluster.
 
     Attributes:
