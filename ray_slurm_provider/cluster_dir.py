@@ -289,6 +289,11 @@ class ClusterDir:
         types = self._autoscaler_config().get("available_node_types", {})
         return {str(name): int(entry.get("min_workers", 0)) for name, entry in types.items()}
 
+    def max_workers(self) -> int | None:
+        """Return how many workers the autoscaler may have, None when nothing is known of it."""
+        found = self._autoscaler_config().get("max_workers")
+        return found if isinstance(found, int) else None
+
     def _autoscaler_config(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load(self.bootstrap_config.read_text(encoding="utf-8"))
@@ -302,7 +307,8 @@ class ClusterDir:
 
     def let_head_start(self, token: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
-        write_json(self.reports.go(token), {"autoscaler_v2": autoscaler_v2, "usage_stats": usage_stats})
+        facts = {"autoscaler_v2": autoscaler_v2, "usage_stats": usage_stats, "max_workers": self.max_workers()}
+        write_json(self.reports.go(token), facts)
 
     def save_environment(self, environ: Mapping[str, str]) -> None:
         """Keep the environment of `ray up` for the workers' jobs."""

@@ -34,6 +34,12 @@ TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
 # After a short cut of the network a process may wait for an answer on a connection that the other end has closed; Ray's
 # clients look after 300 s whether it still lives. Ray's servers allow them to look once in 60 s (rpc/grpc_server.cc).
 CONNECTION_ENVIRONMENT = {"RAY_grpc_client_keepalive_time_ms": "60000"}
+# How often the head asks each node what it has and wants: in Ray every second (ray_config_def.h). In a small cluster
+# demand need not wait that long, and a large one shall not have more of it.
+_PULL_VARIABLE = "RAY_gcs_pull_resource_loads_period_milliseconds"
+_SHORTEST_PULL_MS = 200
+_LONGEST_PULL_MS = 1000
+_PULLS_PER_S = 100
 # What tells Ray's autoscalers apart, and how v1 shall know a node.
 V2_VARIABLE = "RAY_enable_autoscaler_v2"
 NODE_NUMBER_RESOURCE = "NODE_ID_AS_RESOURCE"
@@ -158,12 +164,19 @@ def start_environment(
         "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
         "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,
         "RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S": str(spec.withdraw_after_s),
+        _PULL_VARIABLE: str(_pull_period_ms(go.get("max_workers"))),
         "AUTOSCALER_UPDATE_INTERVAL_S": str(spec.update_interval_s),
         "AUTOSCALER_MAX_LAUNCH_BATCH": _LAUNCH_BATCH,
         "AUTOSCALER_MAX_CONCURRENT_LAUNCHES": _LAUNCHES,
         "AUTOSCALER_METRIC_PORT": str(ports["autoscaler_metrics"]) if spec.metrics else _NO_METRICS,
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics"]) if spec.metrics else _NO_METRICS,
     }
+
+
+def _pull_period_ms(max_workers: object) -> int:
+    if not isinstance(max_workers, int):
+        return _LONGEST_PULL_MS
+    return min(max(_SHORTEST_PULL_MS, 1000 * (max_workers + 1) // _PULLS_PER_S), _LONGEST_PULL_MS)
 
 
 def has_own_temp_dir() -> bool:

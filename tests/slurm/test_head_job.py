@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -79,7 +80,8 @@ def test_a_queued_head_survives_ctrl_c_and_is_adopted_by_the_next_ray_up(make_cl
     cluster.config["file_mounts"] = {str(tmp_path / "mounted"): str(source)}
     first = cluster.start("up", cluster.yaml, "--no-config-cache", "-y")
     head = wait_for(cluster.head_job, 60, "the head's job")
-    wait_for(lambda: list((cluster.root / "nodes").glob("*.go")), 60, "ray up waiting")
+    (go,) = wait_for(lambda: list((cluster.root / "nodes").glob("*.go")), 60, "ray up waiting")
+    assert json.loads(go.read_text())["max_workers"] == cluster.config["max_workers"]
     first.send_signal(signal.SIGINT)
     output = first.communicate(timeout=60)[0]
     assert first.returncode != 0

@@ -171,6 +171,14 @@ def test_a_broken_connection_is_noticed_soon_unless_somebody_wants_it_otherwise(
     assert f"export {name}=5\n" in shell_environment({name: "5"}, "/t", {})
 
 
+@pytest.mark.parametrize(
+    ("max_workers", "period_ms"), [(0, "200"), (8, "200"), (49, "500"), (99, "1000"), (5000, "1000"), (None, "1000")]
+)
+def test_the_head_of_a_small_cluster_asks_its_nodes_more_often(max_workers, period_ms):
+    environ = start_environment(HEAD, "9-a", {}, "1.2.3.4:1", "/tmp/t", PORTS, {"max_workers": max_workers})
+    assert environ["RAY_gcs_pull_resource_loads_period_milliseconds"] == period_ms
+
+
 def test_without_a_token_the_dashboard_stays_on_the_host():
     assert "--dashboard-host=127.0.0.1" in start_command(
         AgentSpec("c", "d", "/x", token_auth=False), "1.2.3.4", PORTS, "/t"
