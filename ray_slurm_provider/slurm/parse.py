@@ -48,7 +48,7 @@ def parse_squeue(text: str, known: Mapping[str, Job] | None = None) -> dict[str,
     if not text.endswith("\n"):
         raise ValueError("the last line is not complete")
     lines = _lines(text)
-    # A banner may stand before the header.
+    # A banner may stand before the header; the rows are what is left after it.
     if not any(line.startswith(_HEADER_START) for line in lines):
         raise ValueError("there is no header line")
     known = known or {}

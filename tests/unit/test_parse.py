@@ -30,6 +30,20 @@ def test_a_row_becomes_a_job():
     )
 
 
+def test_a_job_may_have_no_comment():
+    (job,) = parse.parse_squeue(f"{HEADER}\n{_row(comment='(null)')}\n").values()
+    assert job.comment == ""
+
+
+def test_a_row_that_is_the_same_as_before_is_the_same_object_and_no_line_is_kept_twice():
+    before = parse.parse_squeue(f"{HEADER}\n{_row('7')}\n{_row('8')}\n")
+    after = parse.parse_squeue(f"{HEADER}\n{_row('8')}\n{_row('9')}\n", before)
+    assert [job.job_id for job in after.values()] == ["8", "9"]
+    line, job = next(iter(after.items()))
+    assert job is before[line]
+    assert line is job.line
+
+
 def test_banners_and_free_text_with_newlines_are_passed_over():
     lines = ["** maintenance on Monday **", HEADER, _row(name="two"), _row("8", comment="one\nand two"), _row("9"), ""]
     text = "\n".join(lines)
