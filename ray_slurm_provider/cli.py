@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import yaml
 
 from ray_slurm_provider import __version__
 from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
@@ -23,7 +22,6 @@ from ray_slurm_provider.deployment.commands import deploy
 from ray_slurm_provider.errors import ConfigError, SlurmProviderError
 from ray_slurm_provider.findings import FAILURE
 from ray_slurm_provider.garbage import find_garbage, remove_garbage
-from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.node_logs import find_log, print_log
 from ray_slurm_provider.node_table import node_rows, print_clusters, print_nodes, watch_nodes
 from ray_slurm_provider.sandbox.commands import sandbox
@@ -98,14 +96,14 @@ def check(config: Path, fast: bool, wait: float, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@cli.command("migrate")
-@click.argument("config", metavar="OLD.yaml", type=click.Path(path_type=Path))
-def migrate_command(config: Path) -> None:
-    """Print a cluster YAML of Ray-SLURM-autoscaler in our form, and say what was left out."""
-    result = migrate(load(config))
-    click.echo(yaml.safe_dump(result.config, sort_keys=False), nl=False)
-    for note in result.notes:
-        click.echo(f"note: {note}", err=True)
+@cli.command(hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def migrate(words: tuple[str, ...]) -> None:
+    """Say where the script is."""
+    package = Path(__file__).parent
+    script = next(at for at in (package / "deploy/migrate.py", package.parent / "deploy/migrate.py") if at.exists())
+    command = shlex.join([sys.executable, str(script), *(words or ["OLD.yaml"])])
+    raise SlurmProviderError(f"migrate is a script, not a command: {command}")
 
 
 @cli.command()

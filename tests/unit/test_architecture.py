@@ -45,7 +45,6 @@ LAYERS = [
     {"backends.slurm_jobs", "backends.login_process"},
     {"backends.launch_script"},
     {"backends.base", "backends"},
-    {"migrate"},
     {"site_file"},
     {"batch_script", "cluster_dir", "resources"},
     {"config", "agent.__main__", "agent.ask"},

@@ -51,7 +51,7 @@ def _commands(group, prefix="ray-slurm"):
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from _commands(command, f"{prefix} {name}")
-        else:
+        elif not command.hidden:
             yield f"{prefix} {name}", command
 
 

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import yaml
-from click.testing import CliRunner
+from support import RAY_SLURM
 
 from ray_slurm_provider.bootstrap import resolve
-from ray_slurm_provider.cli import cli
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.migrate import migrate
 from ray_slurm_provider.ray_contract import prepare_config
+
+SCRIPT = Path(__file__).parents[2] / "deploy" / "migrate.py"
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("migrate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclass looks there for its annotations.
+    sys.modules["migrate"] = module
+    spec.loader.exec_module(module)
+    return module.migrate
+
+
+migrate = _load()
 
 OLD = """
 cluster_name: slurm-cluster
@@ -106,13 +124,43 @@ def test_what_has_none_is_told():
         assert word in notes, word
 
 
+def _run(*words, **options):
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, **options)
+
+
 def test_the_result_is_taken_by_ray_and_by_us(tmp_path):
     (tmp_path / "old.yaml").write_text(OLD)
-    done = CliRunner().invoke(cli, ["migrate", str(tmp_path / "old.yaml")], catch_exceptions=False)
-    assert done.exit_code == 0
+    done = _run(sys.executable, SCRIPT, "old.yaml", cwd=tmp_path)
+    assert done.returncode == 0
     config = resolve(prepare_config(yaml.safe_load(done.stdout)))
     assert config["available_node_types"]["worker_node"]["resources"]["GPU"] == 2
     assert "pod was left out" in done.stderr
+
+
+def test_the_command_names_the_script_with_an_interpreter_that_can_run_it(tmp_path):
+    (tmp_path / "old one.yaml").write_text(OLD)
+    done = _run(*RAY_SLURM, "migrate", "old one.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    words = shlex.split(done.stderr.partition("command: ")[2])
+    assert words[1:] == [str(SCRIPT), "old one.yaml"]
+    assert "worker_node" in _run(*words, cwd=tmp_path).stdout
+    for words in ([], ["--help"], ["--x", "y"]):
+        assert str(SCRIPT) in _run(*RAY_SLURM, "migrate", *words).stderr
+    assert "migrate" not in _run(*RAY_SLURM, "--help").stdout
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["/nowhere.yaml"], [SCRIPT], ["a", "b"]])
+def test_the_script_refuses_bad_input_in_one_sentence(words):
+    done = _run(sys.executable, SCRIPT, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) <= 6
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interpreter_without_the_package_is_told(tmp_path):
+    done = _run(sys.executable, "-S", SCRIPT, "old.yaml", cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "lacks yaml" in done.stderr
 
 
 @pytest.mark.parametrize(

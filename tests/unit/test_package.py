@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_wheel_holds_templates_scripts_and_types(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    place = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(place), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(place.glob("*.whl"))
+
+
+def test_the_wheel_holds_templates_scripts_and_types(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     wanted = {f"ray_slurm_provider/cluster_configs/{path.name}" for path in (ROOT / "cluster_configs").glob("*.yaml")}
@@ -24,3 +33,17 @@ def test_the_wheel_holds_templates_scripts_and_types(tmp_path):
     }
     assert wanted <= names
     assert not any(name.startswith("tests/") for name in names)
+
+
+def test_what_pip_installs_says_where_its_migrate_script_is_and_that_runs_there(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-m", "ray_slurm_provider.cli", "migrate", "old.yaml"]
+    done = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    named = shlex.split(done.stderr.partition("command: ")[2])
+    assert named[1].startswith(f"{tmp_path}/ray_slurm_provider/")
+    (tmp_path / "old.yaml").write_text("provider: {}\navailable_node_types: {w: {resources: {CPU: 3}}}\n")
+    done = subprocess.run(named, env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert "cpus_per_task: 3" in done.stdout, done.stderr

@@ -1,6 +1,9 @@
-"""From a cluster YAML of Ray-SLURM-autoscaler (TingkaiLiu) to one of ours; pure, and it says what it leaves out.
+#!/usr/bin/env python3
+"""Print a cluster YAML of TingkaiLiu/Ray-SLURM-autoscaler in the form of this package, and say what was left out.
 
-Its fields are those of its ``example-full.yaml``: ``head_node``, ``under_slurm``, ``init_commands``,
+python3 deploy/migrate.py OLD.yaml >NEW.yaml
+
+The fields are those of its ``example-full.yaml``: ``head_node``, ``under_slurm``, ``init_commands``,
 ``additional_slurm_commands``, ``head_ip`` in a node's configuration; ``temp_folder_name``, ``template_path`` and
 three ports in ``provider``.
 """
@@ -9,13 +12,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+try:
+    import yaml
+    from pydantic import ValidationError
 
-from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
+    from ray_slurm_provider.cluster_yaml import load
+    from ray_slurm_provider.errors import ConfigError
+    from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
+except ImportError as missing:
+    sys.exit(f"migrate.py: the Python {sys.executable} lacks {missing.name}; run it with the one that has ray-slurm")
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,26 +55,14 @@ _MODULE = "ray_slurm_provider.node_provider.SlurmNodeProvider"
 
 @dataclass
 class Migration:
-    """A migrated YAML.
-
-    Attributes:
-        config: The new cluster YAML.
-        notes: What was left out or needs a look, one sentence each.
-    """
+    """A migrated YAML."""
 
     config: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out or needs a look, one sentence each
 
 
 def migrate(old: Mapping[str, Any]) -> Migration:
-    """Return the new form of an old YAML.
-
-    Args:
-        old: The old YAML's mapping.
-
-    Raises:
-        ConfigError: It is not of the form that such YAMLs have.
-    """
+    """Return the new form of an old YAML; ConfigError when it is none."""
     try:
         return _migrate(old)
     except (TypeError, AttributeError, ValueError) as error:
@@ -188,3 +186,20 @@ def _typed(key: str, text: str) -> Any:
             continue
         return value
     return None
+
+
+def main(arguments: list[str]) -> None:
+    """Print the new YAML, and the notes on standard error."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        sys.exit("usage: migrate.py OLD.yaml >NEW.yaml")
+    try:
+        result = migrate(load(Path(arguments[0])))
+    except ConfigError as error:
+        sys.exit(f"Error: {error}")
+    print(yaml.safe_dump(result.config, sort_keys=False), end="")
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
