@@ -115,7 +115,7 @@ class SlurmSettings(Section):
     token_auth: bool = True
     """Whether Ray asks everybody for the cluster's token."""
     tls: bool = False
-    """Whether Ray encrypts its connections, with certificates that are made for this cluster; needs ``openssl``."""
+    """Whether Ray encrypts its connections, with certificates that are made for this cluster."""
     metrics: bool = False
     """Whether Ray offers its metrics (Prometheus); everybody who reaches the host can read them without a token."""
     command_runner: Literal["srun", "ssh"] = "srun"

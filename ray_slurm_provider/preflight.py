@@ -11,6 +11,7 @@ import shutil
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,8 +313,6 @@ def _temp_dir(site: Site) -> Iterator[Finding]:
 
 def _programs(site: Site) -> Iterator[Finding]:
     wanted = {"rsync": "ray rsync-up, ray submit and file_mounts need it"}
-    if site.settings.tls:
-        wanted["openssl"] = "tls: true needs it"
     if site.settings.command_runner == "ssh":
         wanted["ssh"] = "command_runner: ssh needs it"
     for program, why in wanted.items():
@@ -322,6 +321,10 @@ def _programs(site: Site) -> Iterator[Finding]:
             yield Finding(program, OK, found)
         else:
             yield Finding(program, WARNING if program == "rsync" else FAILURE, "not on PATH", why)
+    if site.settings.tls and not find_spec("cryptography"):
+        yield _failure("cryptography", "not in this Python", "pip install cryptography; tls: true needs it")
+    elif site.settings.tls:
+        yield Finding("cryptography", OK, "is installed")
 
 
 def _limits(_: Site) -> Iterator[Finding]:

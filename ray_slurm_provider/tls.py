@@ -1,105 +1,58 @@
-"""Certificates for Ray's TLS: one authority per cluster, and one certificate per host for all its addresses.
+"""Certificates for Ray's TLS: one authority per cluster, and one certificate per host for all its names and addresses.
 
-Made by the ``openssl`` command, which every Linux has. Ray checks both ends of each connection
-(ray/_common/tls_utils.py; docs.ray.io, "TLS authentication"), so whoever connects needs one too.
-Imports the standard library only.
+Ray checks both ends of each connection (ray/_common/tls_utils.py; docs.ray.io, "TLS authentication"), so whoever
+connects needs one too. `cryptography` is loaded when it is used: nodes without TLS do not pay for it.
 """
 
 from __future__ import annotations
 
 import socket
-import subprocess
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
 
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import random_name, remove_tree, write_atomically
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
-
-_DAYS = "3650"
-_CONFIG = """\
-[req]
-distinguished_name = name
-x509_extensions = authority
-[name]
-[authority]
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign, cRLSign
-[host]
-basicConstraints = CA:FALSE
-subjectAltName = {names}
-"""
-_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-
 
 def make_authority(directory: Path, cluster: str) -> None:
-    """Make the cluster's authority, unless it is there.
+    """Make the cluster's authority in a directory of its own, unless it is there.
 
-    Args:
-        directory: Where; made with 0700.
-        cluster: The cluster's name.
+    Key and certificate appear together, by renaming the directory; of two at once the first wins.
 
     Raises:
-        StateError: openssl is missing or failed.
+        StateError: `cryptography` is missing, or something else is in the directory.
     """
     if (directory / "ca.crt").exists():
         return
-    directory.mkdir(mode=0o700, exist_ok=True)
-    with _workspace(directory, []) as work:
-        subject = ("-subj", f"/CN=ray-slurm cluster {cluster}")
-        _openssl(
-            work,
-            "req",
-            "-config",
-            "config",
-            "-x509",
-            *_NEW_KEY,
-            "-keyout",
-            "key",
-            "-out",
-            "crt",
-            "-days",
-            _DAYS,
-            *subject,
-        )
-        write_atomically(directory / "ca.key", (work / "key").read_text())
-        write_atomically(directory / "ca.crt", (work / "crt").read_text())
+    certificate, key = _certificates().new_authority(f"ray-slurm cluster {cluster}")
+    work = directory.with_name(f".{directory.name}.{random_name(8)}")
+    work.mkdir(mode=0o700)
+    try:
+        write_atomically(work / "ca.key", key)
+        write_atomically(work / "ca.crt", certificate)
+        work.rename(directory)
+    except OSError as error:
+        if not (directory / "ca.crt").exists():
+            raise StateError(f"the cluster's authority cannot be made in {directory}: {error.strerror}") from error
+    finally:
+        remove_tree(work)
 
 
 def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) -> None:
     """Make a certificate and a key for this host, in one file: replacing both at once cannot mix two pairs.
 
-    Args:
-        authority: Directory of the cluster's authority.
-        target: The file.
-        addresses: The host's addresses.
-
     Raises:
-        StateError: The authority or openssl is missing, or openssl failed.
+        StateError: `cryptography` or the authority is missing or broken.
     """
-    with _workspace(target.parent, addresses) as work:
-        _openssl(
-            work,
-            "req",
-            "-config",
-            "config",
-            "-new",
-            *_NEW_KEY,
-            "-keyout",
-            "key",
-            "-out",
-            "csr",
-            "-subj",
-            "/CN=ray node",
-        )
-        signer = ["-CA", str(authority / "ca.crt"), "-CAkey", str(authority / "ca.key")]
-        signer += ["-CAcreateserial", "-CAserial", "serial"]
-        extensions = ["-extfile", "config", "-extensions", "host"]
-        _openssl(work, "x509", "-req", "-in", "csr", "-out", "crt", "-days", _DAYS, *signer, *extensions)
-        write_atomically(target, (work / "crt").read_text() + (work / "key").read_text())
+    names = dict.fromkeys(["localhost", socket.gethostname()])
+    try:
+        texts = [(authority / name).read_text(encoding="ascii") for name in ("ca.crt", "ca.key")]
+        text = _certificates().new_certificate(*texts, names, dict.fromkeys(["127.0.0.1", "::1", *addresses]))
+    except (OSError, ValueError) as error:
+        raise StateError(f"no certificate can be made with the authority in {authority}: {error}") from error
+    write_atomically(target, text)
 
 
 def tls_environment(authority: Path, target: Path) -> dict[str, str]:
@@ -112,24 +65,12 @@ def tls_environment(authority: Path, target: Path) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _workspace(parent: Path, addresses: Iterable[str]) -> Iterator[Path]:
-    """Give a directory for openssl's files, with its configuration in it, and remove it in the end."""
-    names = [f"DNS:{name}" for name in ("localhost", socket.gethostname())]
-    names += [f"IP:{address}" for address in dict.fromkeys(["127.0.0.1", "::1", *addresses])]
-    directory = parent / f".openssl-{random_name(8)}"
-    directory.mkdir(mode=0o700)
+def _certificates() -> ModuleType:
     try:
-        (directory / "config").write_text(_CONFIG.format(names=", ".join(names)))
-        yield directory
-    finally:
-        remove_tree(directory)
-
-
-def _openssl(work: Path, *arguments: str) -> None:
-    try:
-        done = subprocess.run(["openssl", *arguments], cwd=work, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise StateError(f"openssl is not on PATH of {socket.gethostname()}; `tls: true` needs it") from error
-    if done.returncode:
-        raise StateError(f"openssl {arguments[0]} failed: {done.stderr.strip()}")
+        from ray_slurm_provider import tls_certificates  # noqa: PLC0415 only with tls: true
+    except ImportError as error:
+        raise StateError(
+            f"the Python {sys.executable} on {socket.gethostname()} lacks the package cryptography, which tls: true"
+            f" needs: {error}"
+        ) from error
+    return tls_certificates

@@ -79,7 +79,7 @@ LAYERS = [
     {"slurm.parse", "slurm.process"},
     {"slurm.types", "slurm.reasons", "slurm"},
     {"tls"},
-    {"files", "procfs", "errors", "findings", "__init__"},
+    {"files", "procfs", "errors", "findings", "tls_certificates", "__init__"},
 ]
 STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors", "tls")
 
@@ -150,6 +150,17 @@ def test_what_runs_in_the_job_needs_the_standard_library_only(module):
         assert imported <= sys.stdlib_module_names | {PACKAGE}
 
 
+def test_only_one_module_imports_cryptography_and_only_a_node_with_tls_loads_it():
+    import subprocess
+    import sys
+
+    for module, path in _modules().items():
+        imported = {name.split(".")[0] for name in _imports(path)}
+        assert "cryptography" not in imported or module == "tls_certificates"
+    script = "import sys, ray_slurm_provider.agent.supervisor; sys.exit('cryptography' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_processes_are_started_in_few_places():
     for module, path in _modules().items():
         if "subprocess" in set(_imports(path)):
@@ -163,5 +174,4 @@ def test_processes_are_started_in_few_places():
                 "backends.login_process",
                 "file_sync",
                 "shells",
-                "tls",
             }
