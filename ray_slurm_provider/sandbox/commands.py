@@ -12,9 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from ray_slurm_provider.errors import SandboxError
-from ray_slurm_provider.sandbox.faults import CONTROLLER_FAULTS, NODE_FAULTS, controller_fault, node_fault
-from ray_slurm_provider.sandbox.layout import SandboxSpec, read_layout, usual_spec
+from ray_slurm_provider.sandbox.layout import REHEARSAL, SandboxSpec, read_layout, usual_spec
 from ray_slurm_provider.sandbox.lifecycle import Sandbox, SandboxStatus, default_state_dir
+from ray_slurm_provider.slurm.process import clean_environment
 
 _some = click.IntRange(min=0)
 _state_dir = click.option(
@@ -39,33 +39,29 @@ def sandbox() -> None:
 @click.option("--gpu-type", default="a100", show_default=True, help="Type of the fake GPUs.")
 @click.option("--cpus", type=click.IntRange(min=1), default=4, show_default=True, help="CPUs that each node claims.")
 @click.option("--memory", default="4G", show_default=True, help="Memory that each node claims.")
-@click.option(
-    "--isolated", is_flag=True, help="Each node is a machine: own network, host name, /dev/shm and processes."
-)
+@click.option("--isolated", is_flag=True, hidden=True)
 @click.option(
     "--layout",
     type=click.Path(path_type=Path),
     help="A YAML file with nodes, partitions, settings and job_submit, in place of the options above.",
 )
 @_state_dir
-def up(layout: Path | None, state_dir: Path, **numbers: Any) -> None:
+def up(layout: Path | None, state_dir: Path, isolated: bool, **numbers: Any) -> None:
     """Start munged, slurmctld and one slurmd per virtual node."""
+    if isolated:
+        raise SandboxError(REHEARSAL)
     spec = _spec(layout, numbers)
     box = Sandbox(state_dir)
     box.up(spec)
     click.echo(f"SLURM is up: {spec.node_count} nodes in {box.paths.root}")
     option = "" if state_dir == default_state_dir() else f" --state-dir {shlex.quote(str(state_dir))}"
-    use = f"ray-slurm sandbox run{option} -- bash" if spec.isolated else f'eval "$(ray-slurm sandbox env{option})"'
-    click.echo(f"Use it:  {use}")
+    click.echo(f'Use it:  eval "$(ray-slurm sandbox env{option})"')
     click.echo(f"End it:  ray-slurm sandbox down{option}")
 
 
 def _spec(layout: Path | None, numbers: dict[str, Any]) -> SandboxSpec:
     try:
-        if layout is not None:
-            spec = read_layout(yaml.safe_load(layout.read_text(encoding="utf-8")))
-            return spec.model_copy(update={"isolated": spec.isolated or numbers["isolated"]})
-        return usual_spec(**numbers)
+        return read_layout(yaml.safe_load(layout.read_text(encoding="utf-8"))) if layout else usual_spec(**numbers)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -98,10 +94,7 @@ def status(state_dir: Path) -> None:
 @_state_dir
 def env(state_dir: Path) -> None:
     """Print the exports for: eval "$(ray-slurm sandbox env)"."""
-    box = Sandbox(state_dir)
-    if box.isolated:
-        raise SandboxError("an isolated sandbox has a network of its own; use it by: ray-slurm sandbox run -- bash")
-    for name, value in box.environment().items():
+    for name, value in Sandbox(state_dir).environment().items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
 
@@ -110,34 +103,28 @@ def env(state_dir: Path) -> None:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(state_dir: Path, command: tuple[str, ...]) -> None:
     """Run COMMAND with the environment of the sandbox."""
-    box = Sandbox(state_dir)
-    environment, words = box.command_environment(), box.command(command)
+    environment = {**clean_environment(os.environ), **Sandbox(state_dir).environment()}
     try:
-        os.execvpe(words[0], words, environment)  # noqa: S606 the user's own command
+        os.execvpe(command[0], command, environment)  # noqa: S606 the user's own command
     except OSError as error:
         raise SandboxError(f"{command[0]}: {error.strerror}") from error
 
 
-@sandbox.command()
-@_state_dir
-@click.argument("name")
-@click.argument("fault", type=click.Choice(NODE_FAULTS))
-def node(state_dir: Path, name: str, fault: str) -> None:
-    """Make a fault on the virtual node NAME: cut its network, join it again, crash it, boot it."""
-    node_fault(Sandbox(state_dir), name, fault)
-    click.echo(f"{name}: {fault}")
+def _refuse(**_: object) -> None:
+    raise SandboxError(REHEARSAL)
 
 
-@sandbox.command()
-@_state_dir
-@click.argument("fault", type=click.Choice(CONTROLLER_FAULTS))
-@click.option("--forget-jobs", is_flag=True, help="With start: its list of jobs is lost.")
-def controller(state_dir: Path, fault: str, forget_jobs: bool) -> None:
-    """Make a fault on slurmctld: stop, start, freeze, thaw or crash it."""
-    if forget_jobs and fault != "start":
-        raise click.UsageError("--forget-jobs goes with start")
-    controller_fault(Sandbox(state_dir), fault, forget_jobs=forget_jobs)
-    click.echo(f"slurmctld: {fault}")
+for _name in ("node", "controller"):
+    sandbox.add_command(
+        click.Command(
+            _name,
+            params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+            callback=_refuse,
+            hidden=True,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True},
+        )
+    )
 
 
 def _describe(status: SandboxStatus) -> str:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.sandbox.machines import MACHINE_VARIABLE
-
-if TYPE_CHECKING:
-    from ray_slurm_provider.procfs import Process
-    from ray_slurm_provider.sandbox.layout import SandboxPaths
+from ray_slurm_provider.procfs import Process
+from ray_slurm_provider.sandbox.layout import SandboxPaths
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd")
 
@@ -46,5 +42,4 @@ def _belongs(process: Process, paths: SandboxPaths) -> bool:
     if f"SLURM_CONF={paths.slurm_conf}".encode() not in variables:
         return False
     # A head on the login node is no job, but belongs to the SLURM that it submits to.
-    signs = (b"SLURM_JOB_ID=", b"RAY_SLURM_DIR=", f"{MACHINE_VARIABLE}=".encode())
-    return process.name in DAEMONS or any(variable.startswith(signs) for variable in variables)
+    return process.name in DAEMONS or any(one.startswith((b"SLURM_JOB_ID=", b"RAY_SLURM_DIR=")) for one in variables)

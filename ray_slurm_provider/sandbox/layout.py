@@ -5,25 +5,26 @@ The configuration was tried on SLURM 22.05; slurm.conf(5) and gres.conf(5) say w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from ray_slurm_provider.fields import Line, Memory, Section
-from ray_slurm_provider.sandbox.machines import LOGIN, LOGIN_ADDRESS
+from ray_slurm_provider.fields import Count, Line, Memory, Section
 from ray_slurm_provider.slurm.parse import parse_mem_mib
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 # A Unix socket path holds 107 bytes, and slurmstepd adds its own name below the spool directory.
 MAX_STATE_DIR_LENGTH = 60
+REHEARSAL = (
+    "machines that can be lost, and faults of slurmctld, are made from a clone of the repository:"
+    " python -m tests.faults.rehearsal (docs/reliability.md)"
+)
 
-_SETTINGS = """\
+_SLURM_CONF = """\
 ClusterName=sandbox
-SlurmctldHost={controller}
+SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -72,13 +73,6 @@ MailProg=/bin/true
 GresTypes=gpu
 PropagateResourceLimits=NONE
 """
-# Separate machines are really lost, and soon: a node that does not answer is DOWN after about 11 s.
-_ISOLATED_SETTINGS: dict[str, str | int] = {
-    "CommunicationParameters": "",
-    "SlurmdTimeout": 5,
-    "MessageTimeout": 3,
-    "TCPTimeout": 2,
-}
 _PARTITION_OPTIONS: dict[str, str | int] = {"MaxTime": "7-00:00:00", "DefaultTime": "1:00:00", "State": "UP"}
 
 
@@ -86,69 +80,36 @@ class NodeGroup(Section):
     """Virtual nodes of one kind, named ``<name>1``, ``<name>2``, ..."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z-]*$")]
-    """First letters of their names."""
     count: Annotated[int, Field(ge=1, le=1000)] = 1
-    """How many there are."""
-    cpus: Annotated[int, Field(ge=1)] = 4
-    """CPUs that each claims."""
+    cpus: Count = 4  # that each claims, as all that follows
     memory: Memory = "4G"
-    """Memory that each claims."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Fake GPUs of each."""
-    gpu_type: Line = "a100"
-    """Their type, for ``--gres=gpu:<type>:1``."""
-    features: list[Line] = []
-    """Features, for ``--constraint``."""
-    options: dict[str, str | int] = {}
-    """Further keys of its line in slurm.conf: ``CoreSpecCount``, ``MemSpecLimit``, ``Weight``."""
-
-    @property
-    def members(self) -> list[str]:
-        """The names of its nodes."""
-        return [f"{self.name}{number}" for number in range(1, self.count + 1)]
-
-    @property
-    def host_list(self) -> str:
-        """The names of its nodes as SLURM writes them."""
-        return f"{self.name}[1-{self.count}]"
+    gpu_type: Line = "a100"  # for --gres=gpu:<type>:1
+    features: list[Line] = []  # for --constraint
+    options: dict[str, str | int] = {}  # further keys of its line in slurm.conf: CoreSpecCount, MemSpecLimit, Weight
 
 
 class Partition(Section):
     """A partition."""
 
     name: Line
-    """Its name."""
-    groups: list[Line]
-    """The groups of nodes in it."""
+    groups: list[Line]  # names of groups of nodes
     default: bool = False
-    """Whether jobs go there that name no partition."""
-    options: dict[str, str | int] = {}
-    """Further keys of its line in slurm.conf: ``MaxTime``, ``DefaultTime``, ``AllowAccounts``, ``State``."""
+    options: dict[str, str | int] = {}  # further keys of its line in slurm.conf: MaxTime, AllowAccounts, State
 
 
 class SandboxSpec(Section):
     """What a sandbox consists of."""
 
     nodes: Annotated[list[NodeGroup], Field(min_length=1)]
-    """The kinds of nodes."""
     partitions: Annotated[list[Partition], Field(min_length=1)]
-    """The partitions."""
-    settings: dict[str, str | int] = {}
-    """Keys of slurm.conf that differ from the sandbox's own: ``EnforcePartLimits``, ``SelectTypeParameters``."""
-    isolated: bool = False
-    """Whether each node is a machine of its own: network, host name, ``/dev/shm`` and processes."""
-    job_submit: str = ""
-    """A job_submit plugin in Lua: what a site does with jobs that it does not like."""
+    settings: dict[str, str | int] = {}  # keys of slurm.conf that differ from the sandbox's own; "" leaves one out
+    job_submit: str = ""  # a job_submit plugin in Lua: what a site does with jobs that it does not like
 
     @property
     def node_count(self) -> int:
         """How many slurmd there are."""
         return sum(group.count for group in self.nodes)
-
-    @property
-    def most_gpus(self) -> int:
-        """How many fake GPUs the node with most of them has."""
-        return max(group.gpus for group in self.nodes)
 
 
 def usual_spec(
@@ -159,35 +120,31 @@ def usual_spec(
     cpus: int = 4,
     memory: str = "4G",
     gpu_type: str = "a100",
-    isolated: bool = False,
 ) -> SandboxSpec:
-    """Return a sandbox with the partitions ``cpu`` and ``gpu``.
-
-    Args:
-        nodes: Virtual nodes of the partition ``cpu``.
-        gpu_nodes: Virtual nodes of the partition ``gpu``.
-        gpus_per_node: Fake GPUs of each of these.
-        cpus: CPUs that each virtual node claims.
-        memory: Memory that each virtual node claims.
-        gpu_type: The type of the fake GPUs.
-        isolated: Whether each node is a machine of its own.
+    """Return a sandbox with the partitions ``cpu`` and ``gpu``, of those that have nodes.
 
     Raises:
         ValueError: A number makes no sense.
     """
-    if not nodes + gpu_nodes:
-        raise ValueError("needs at least one node")
-    groups = []
-    if nodes:
-        groups.append(NodeGroup(name="c", count=nodes, cpus=cpus, memory=memory, features=["cpu"]))
-    if gpu_nodes:
-        gpu_group = {"name": "g", "count": gpu_nodes, "cpus": cpus, "memory": memory, "features": ["gpu"]}
-        groups.append(NodeGroup.model_validate({**gpu_group, "gpus": gpus_per_node, "gpu_type": gpu_type}))
-    names = {"c": "cpu", "g": "gpu"}
-    partitions = [
-        Partition(name=names[group.name], groups=[group.name], default=group is groups[0]) for group in groups
+    kinds: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("c", "cpu", nodes, {}),
+        ("g", "gpu", gpu_nodes, {"gpus": gpus_per_node, "gpu_type": gpu_type}),
     ]
-    return SandboxSpec(nodes=groups, partitions=partitions, isolated=isolated)
+    kinds = [kind for kind in kinds if kind[2]]
+    if not kinds:
+        raise ValueError("needs at least one node")
+    size = {"cpus": cpus, "memory": memory}
+    return SandboxSpec.model_validate(
+        {
+            "nodes": [
+                {"name": name, "count": count, "features": [partition], **size, **gpus}
+                for name, partition, count, gpus in kinds
+            ],
+            "partitions": [
+                {"name": partition, "groups": [name], "default": name == kinds[0][0]} for name, partition, _, _ in kinds
+            ],
+        }
+    )
 
 
 def read_layout(value: Any) -> SandboxSpec:
@@ -196,6 +153,8 @@ def read_layout(value: Any) -> SandboxSpec:
     Raises:
         ValueError: It holds a mistake.
     """
+    if isinstance(value, dict) and "isolated" in value:
+        raise ValueError(f"isolated: {REHEARSAL}")
     spec = SandboxSpec.model_validate(value)
     groups = {group.name for group in spec.nodes}
     if len(groups) != len(spec.nodes):
@@ -209,9 +168,10 @@ def read_layout(value: Any) -> SandboxSpec:
 
 @dataclass(frozen=True)
 class VirtualNode:
-    """One slurmd: its SLURM name, its own address, and its port."""
+    """One slurmd."""
 
     name: str
+    host: str
     address: str
     port: int
     group: NodeGroup
@@ -239,55 +199,51 @@ class SandboxPaths:
         return self.root / "munge" / "s"
 
     @property
-    def job_submit(self) -> Path:
-        """The job_submit plugin, beside slurm.conf where SLURM looks for it."""
-        return self.root / "job_submit.lua"
-
-    @property
     def logs(self) -> Path:
         """Where the daemons write."""
         return self.root / "log"
 
 
-def virtual_nodes(spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
-    """Return the nodes, group by group, addresses from 127.0.1.1 or 10.77.1.1 up, ports after the controller's."""
-    members = [(name, group) for group in spec.nodes for name in group.members]
-    network = "10.77" if spec.isolated else "127.0"
+def virtual_nodes(spec: SandboxSpec, host: str, base_port: int) -> list[VirtualNode]:
+    """Return the nodes, group by group, addresses from 127.0.1.1 up, ports after the controller's."""
+    members = [(f"{group.name}{number}", group) for group in spec.nodes for number in range(1, group.count + 1)]
     return [
-        VirtualNode(name, f"{network}.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, group)
+        VirtualNode(name, host, f"127.0.{1 + index // 254}.{1 + index % 254}", base_port + 1 + index, group)
         for index, (name, group) in enumerate(members)
     ]
 
 
-def render_slurm_conf(spec: SandboxSpec, paths: SandboxPaths, host: str, user: str, base_port: int) -> str:
-    """Return the text of slurm.conf."""
-    controller = f"{LOGIN}({LOGIN_ADDRESS})" if spec.isolated else f"{host}(127.0.0.1)"
-    text = _SETTINGS.format(
-        controller=controller, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket
+def render_slurm_conf(
+    spec: SandboxSpec, paths: SandboxPaths, nodes: list[VirtualNode], host: str, user: str, base_port: int
+) -> str:
+    """Return the text of slurm.conf; ``host`` is the controller's."""
+    text = _SLURM_CONF.format(host=host, user=user, port=base_port, root=paths.root, munge_socket=paths.munge_socket)
+    settings = {**spec.settings, **({"JobSubmitPlugins": "lua"} if spec.job_submit else {})}
+    lines = [
+        *(line for line in text.splitlines() if line.partition("=")[0] not in settings),
+        *(f"{name}={value}" for name, value in settings.items() if value != ""),
+        *map(_node_line, nodes),
+        *(_partition_line(spec, partition) for partition in spec.partitions),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _node_line(node: VirtualNode) -> str:
+    group = node.group
+    return (
+        f"NodeName={node.name} NodeHostname={node.host} NodeAddr={node.address} Port={node.port}"
+        f" CPUs={group.cpus} RealMemory={parse_mem_mib(group.memory)} Feature={','.join([*group.features, node.name])}"
+        + (f" Gres=gpu:{group.gpu_type}:{group.gpus}" if group.gpus else "")
+        + f"{_pairs(group.options)} State=UNKNOWN"
     )
-    settings = {
-        **(_ISOLATED_SETTINGS if spec.isolated else {}),
-        **spec.settings,
-        **({"JobSubmitPlugins": "lua"} if spec.job_submit else {}),
-    }
-    kept = [line for line in text.splitlines() if line.partition("=")[0] not in settings]
-    nodes = [
-        f"NodeName={node.name} NodeHostname={node.name if spec.isolated else host}"
-        f" NodeAddr={node.address} Port={node.port}"
-        f" CPUs={node.group.cpus} RealMemory={parse_mem_mib(node.group.memory)}"
-        f" Feature={','.join([*node.group.features, node.name])}"
-        + (f" Gres=gpu:{node.group.gpu_type}:{node.group.gpus}" if node.group.gpus else "")
-        + f"{_pairs(node.group.options)} State=UNKNOWN"
-        for node in virtual_nodes(spec, base_port)
-    ]
-    lists = {group.name: group.host_list for group in spec.nodes}
-    partitions = [
-        f"PartitionName={partition.name} Nodes={','.join(lists[name] for name in partition.groups)}"
+
+
+def _partition_line(spec: SandboxSpec, partition: Partition) -> str:
+    counts = {group.name: group.count for group in spec.nodes}
+    return (
+        f"PartitionName={partition.name} Nodes={','.join(f'{name}[1-{counts[name]}]' for name in partition.groups)}"
         f" Default={'YES' if partition.default else 'NO'}{_pairs({**_PARTITION_OPTIONS, **partition.options})}"
-        for partition in spec.partitions
-    ]
-    said = [f"{name}={value}" for name, value in settings.items() if value != ""]
-    return "\n".join([*kept, *said, *nodes, *partitions]) + "\n"
+    )
 
 
 def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:
@@ -297,7 +253,7 @@ def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:
     get the variables of every other maker as well (gres.conf(5), Flags).
     """
     return "".join(
-        f"NodeName={group.host_list} Name=gpu Type={group.gpu_type} Flags=nvidia_gpu_env"
+        f"NodeName={group.name}[1-{group.count}] Name=gpu Type={group.gpu_type} Flags=nvidia_gpu_env"
         f" File={paths.root}/dev/nvidia[0-{group.gpus - 1}]\n"
         for group in spec.nodes
         if group.gpus

@@ -13,45 +13,29 @@ import subprocess
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.temp_dirs import remove_temp_dirs
 from ray_slurm_provider.errors import SandboxError, SlurmError
 from ray_slurm_provider.files import read_json_object, write_json
-from ray_slurm_provider.sandbox import daemons, machines
+from ray_slurm_provider.sandbox import daemons
 from ray_slurm_provider.sandbox.layout import (
     MAX_STATE_DIR_LENGTH,
     SandboxPaths,
     SandboxSpec,
+    VirtualNode,
     read_layout,
     render_gres_conf,
     render_slurm_conf,
     virtual_nodes,
 )
-from ray_slurm_provider.sandbox.machines import LOGIN, Machines
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools, clean_environment
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from ray_slurm_provider.sandbox.layout import VirtualNode
-
 logger = logging.getLogger(__name__)
 
-_TOOLS = (
-    "munged",
-    "munge",
-    "slurmctld",
-    "slurmd",
-    "sbatch",
-    "squeue",
-    "scancel",
-    "scontrol",
-    "sinfo",
-    "srun",
-)
+_TOOLS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
 _PACKAGES = "slurmctld slurmd slurm-client munge"
 _STARTUP_TIMEOUT_S = 20.0
 # A little more than the KillWait of its configuration.
@@ -63,32 +47,23 @@ _PORT_RANGE = (20000, 30000)
 
 @dataclass(frozen=True)
 class SandboxStatus:
-    """What of a sandbox is alive.
+    """What of a sandbox is alive."""
 
-    Attributes:
-        spec: How large it was made.
-        controller: Whether slurmctld answers.
-        munged: Whether munged runs.
-        nodes: State of each virtual node as sinfo prints it.
-    """
-
-    spec: SandboxSpec
-    controller: bool
+    controller: bool  # whether slurmctld answers
     munged: bool
-    nodes: dict[str, str]
+    nodes: dict[str, str]  # states as sinfo prints them
 
     @property
     def healthy(self) -> bool:
         """Whether every part works."""
         usable = {"idle", "mixed", "allocated", "completing"}
-        return self.controller and self.munged and all(state in usable for state in self.nodes.values())
+        return self.controller and self.munged and usable.issuperset(self.nodes.values())
 
 
 class Sandbox:
-    """A real SLURM below one directory.
+    """A real SLURM below one directory, `default_state_dir` when none is given.
 
-    Args:
-        state_dir: Its directory; `default_state_dir` when None.
+    The fault tests make another kind of it, whose nodes are machines: by overriding `prefix` and `virtual_nodes`.
     """
 
     def __init__(self, state_dir: Path | None = None) -> None:
@@ -114,7 +89,7 @@ class Sandbox:
         Raises:
             SandboxError: It cannot be started; whatever was started is gone again.
         """
-        _check_tools(isolated=spec.isolated)
+        _check_tools()
         self._make_root()
         try:
             self._start(spec)
@@ -138,69 +113,65 @@ class Sandbox:
         Raises:
             SandboxError: There is no sandbox here.
         """
-        record = self._require()
+        nodes = self.nodes()
         munged = self._runs("munged")
         # Without munge the question alone takes 20 s.
         answers = munged and self._client().answers()
-        spec = read_layout(record["spec"])
         served = daemons.served_nodes(self.paths)
         states = self._node_states() if answers else {}
-        return SandboxStatus(
-            spec=spec,
-            controller=answers,
-            munged=munged,
-            # The controller notices a dead slurmd only after a while.
-            nodes={
-                node.name: states.get(node.name, "unknown") if node.name in served else "slurmd is dead"
-                for node in virtual_nodes(spec, record["port"])
-            },
-        )
+        # The controller notices a dead slurmd only after a while.
+        found = {name: states.get(name, "unknown") if name in served else "slurmd is dead" for name in nodes}
+        return SandboxStatus(answers, munged, found)
 
-    def command_environment(self) -> dict[str, str]:
-        """Return the environment for a command that shall use this SLURM."""
-        return {**clean_environment(os.environ), **self.environment()}
-
-    def command(self, words: Sequence[str]) -> list[str]:
-        """Return what runs a command where people type: in an isolated sandbox on its login machine."""
-        self._require()
-        return self.machines.command(LOGIN, words, str(Path.cwd())) if self.isolated else list(words)
-
-    @property
-    def isolated(self) -> bool:
-        """Whether its nodes are machines of their own."""
-        return bool((read_json_object(self.paths.record) or {}).get("spec", {}).get("isolated"))
-
-    @property
-    def machines(self) -> Machines:
-        """Its machines, when it is isolated."""
-        return Machines(self.paths, self._daemon_environment())
-
-    def node(self, name: str) -> VirtualNode:
-        """Return a virtual node.
+    def nodes(self) -> dict[str, VirtualNode]:
+        """Return the nodes by name.
 
         Raises:
-            SandboxError: There is none of that name.
+            SandboxError: There is no sandbox here.
         """
         record = self._require()
-        nodes = {node.name: node for node in virtual_nodes(read_layout(record["spec"]), record["port"])}
-        if name not in nodes:
-            raise SandboxError(f"there is no node {name}; there are {', '.join(nodes)}")
-        return nodes[name]
+        return {node.name: node for node in self.virtual_nodes(read_layout(record["spec"]), record["port"])}
 
-    def start_controller(self, *, forget_jobs: bool = False) -> None:
+    def virtual_nodes(self, spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
+        """Return the nodes that a sandbox has."""
+        return virtual_nodes(spec, _host(), base_port)
+
+    def prefix(self, node: str = "") -> list[str]:  # noqa: ARG002 every node is this host
+        """Return the words that run a command where a node is, or where slurmctld and people's commands are."""
+        return []
+
+    def start_munged(self) -> None:
+        """Start munged; its key is made once."""
+        directory = self.paths.root / "munge"
+        key = directory / "key"
+        if not key.exists():
+            key.touch(mode=0o600)
+            key.write_bytes(secrets.token_bytes(1024))
+        self._daemon(
+            "munged",
+            f"--socket={self.paths.munge_socket}",
+            f"--key-file={key}",
+            f"--pid-file={directory / 'pid'}",
+            f"--seed-file={directory / 'seed'}",
+            f"--log-file={self.paths.logs / 'munged.log'}",
+            "--num-threads=4",
+            "--group-update-time=-1",
+        )
+
+    def start_controller(self, option: str = "-i") -> None:
         """Start slurmctld, and return when it answers.
 
         Raises:
             SandboxError: It does not.
         """
-        self._daemon("slurmctld", "-c" if forget_jobs else "-i", machine=LOGIN)
+        self._daemon("slurmctld", option, prefix=self.prefix())
         # slurmctld goes to the background before it can still fail: ask it.
         if not procfs.wait_until(self._client().answers, _STARTUP_TIMEOUT_S):
             raise SandboxError(f"slurmctld {'does not answer' if self._runs('slurmctld') else 'ended at once'}")
 
-    def start_node(self, node: VirtualNode) -> None:
+    def start_node(self, name: str) -> None:
         """Start the slurmd of a node."""
-        self._daemon("slurmd", "-N", node.name, machine=node.name)
+        self._daemon("slurmd", "-N", name, prefix=self.prefix(name))
 
     def _require(self) -> dict[str, Any]:
         record = read_json_object(self.paths.record)
@@ -231,67 +202,44 @@ class Sandbox:
             raise SandboxError(f"{root} cannot be made: {error.strerror}") from error
 
     def _start(self, spec: SandboxSpec) -> None:
-        paths = self.paths
         base_port = _free_port_block(spec.node_count + 1)
-        write_json(paths.record, {"spec": spec.model_dump(), "port": base_port})
-        # munged refuses directories that others may write to.
-        paths.root.chmod(0o755)
-        for name in ("munge", "log", "run", "ctld", "spool", "dev"):
-            (paths.root / name).mkdir(mode=0o700 if name == "ctld" else 0o755)
-        for index in range(spec.most_gpus):
-            (paths.root / "dev" / f"nvidia{index}").symlink_to("/dev/null")
-        host, user = socket.gethostname().partition(".")[0], getpass.getuser()
-        paths.slurm_conf.write_text(render_slurm_conf(spec, paths, host, user, base_port))
-        (paths.root / "gres.conf").write_text(render_gres_conf(spec, paths))
-        if spec.job_submit:
-            paths.job_submit.write_text(spec.job_submit)
+        write_json(self.paths.record, {"spec": spec.model_dump(), "port": base_port})
+        self._write_files(spec, base_port)
         self.start_munged()
-        nodes = virtual_nodes(spec, base_port)
-        if spec.isolated:
-            self.machines.up({node.name: node.address for node in nodes})
         self.start_controller()
-        for node in nodes:
-            (paths.root / "spool" / node.name).mkdir()
-            self.start_node(node)
-        if not procfs.wait_until(self._all_idle(len(nodes)), _STARTUP_TIMEOUT_S, poll_s=0.1):
+        nodes = self.nodes()
+        for name in nodes:
+            (self.paths.root / "spool" / name).mkdir()
+            self.start_node(name)
+        if not procfs.wait_until(
+            lambda: self._node_states() == dict.fromkeys(nodes, "idle"), _STARTUP_TIMEOUT_S, poll_s=0.1
+        ):
             raise SandboxError(f"not every node came up: {self._node_states()}")
 
-    def start_munged(self) -> None:
-        """Start munged; its key is made once."""
-        directory = self.paths.root / "munge"
-        key = directory / "key"
-        if not key.exists():
-            key.touch(mode=0o600)
-            key.write_bytes(secrets.token_bytes(1024))
-        self._daemon(
-            "munged",
-            f"--socket={self.paths.munge_socket}",
-            f"--key-file={key}",
-            f"--pid-file={directory / 'pid'}",
-            f"--seed-file={directory / 'seed'}",
-            f"--log-file={self.paths.logs / 'munged.log'}",
-            "--num-threads=4",
-            "--group-update-time=-1",
+    def _write_files(self, spec: SandboxSpec, base_port: int) -> None:
+        root = self.paths.root
+        # munged refuses directories that others may write to.
+        root.chmod(0o755)
+        for name in ("munge", "log", "run", "ctld", "spool", "dev"):
+            (root / name).mkdir(mode=0o700 if name == "ctld" else 0o755)
+        for index in range(max(group.gpus for group in spec.nodes)):
+            (root / "dev" / f"nvidia{index}").symlink_to("/dev/null")
+        nodes = self.virtual_nodes(spec, base_port)
+        self.paths.slurm_conf.write_text(
+            render_slurm_conf(spec, self.paths, nodes, _host(), getpass.getuser(), base_port)
         )
-
-    def _all_idle(self, count: int) -> Callable[[], bool]:
-        def idle() -> bool:
-            states = self._node_states()
-            return len(states) == count and set(states.values()) == {"idle"}
-
-        return idle
+        (root / "gres.conf").write_text(render_gres_conf(spec, self.paths))
+        if spec.job_submit:
+            # SLURM looks for it beside slurm.conf.
+            (root / "job_submit.lua").write_text(spec.job_submit)
 
     def _runs(self, daemon: str) -> bool:
         return bool(daemons.daemons_of(self.paths)[daemon])
 
-    def _daemon(self, name: str, *arguments: str, machine: str = "") -> None:
-        """Start a daemon; munged serves all machines from outside, by its socket."""
-        command = [_path_of(name), *arguments]
-        if machine and self.isolated:
-            command = self.machines.command(machine, command)
+    def _daemon(self, name: str, *arguments: str, prefix: list[str] | None = None) -> None:
         with (self.paths.logs / "start.log").open("ab") as log:
             done = subprocess.run(
-                command,
+                [*(prefix or []), shutil.which(name, path=_search_path()) or name, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -304,20 +252,20 @@ class Sandbox:
             raise SandboxError(f"{name} ended with exit code {done.returncode}")
 
     def _daemon_environment(self) -> dict[str, str]:
-        return {
-            **clean_environment(os.environ),
-            "SLURM_CONF": str(self.paths.slurm_conf),
-            "PATH": _search_path(),
-        }
+        return {**clean_environment(os.environ), "SLURM_CONF": str(self.paths.slurm_conf), "PATH": _search_path()}
 
     def _client(self) -> SlurmClient:
-        prefix = self.machines.command(LOGIN, []) if self.isolated and self.machines.alive(LOGIN) else []
-        return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment(), prefix=prefix))
+        return SlurmClient(SlurmTools(timeout_s=20.0, environ=self._daemon_environment(), prefix=self.prefix()))
+
+    def _ask(self, *words: str) -> str:
+        return self._client().tools.run(list(words)).stdout
+
+    def _jobs(self) -> list[str]:
+        return self._ask("squeue", "--noheader", "--format", "%i").split()
 
     def _node_states(self) -> dict[str, str]:
-        tools = self._client().tools
         try:
-            lines = tools.run(["sinfo", "--noheader", "--Node", "--format", "%N %T"]).stdout.split("\n")
+            lines = self._ask("sinfo", "--noheader", "--Node", "--format", "%N %T").split("\n")
         except SlurmError:
             return {}
         return dict(line.split()[:2] for line in lines if len(line.split()) >= 2)
@@ -341,30 +289,27 @@ class Sandbox:
         return kept
 
     def _remove(self) -> None:
+        self._end_processes()
+        remove_temp_dirs(slurm_conf=str(self.paths.slurm_conf))
+        shutil.rmtree(self.paths.root, ignore_errors=True)
+
+    def _end_processes(self) -> None:
         self._end_jobs()
-        for wave in (("slurmd",), ("slurmctld",)):
-            procfs.end([p for p in daemons.processes_of(self.paths) if p.name in wave], _DAEMON_GRACE_S)
+        for daemon in ("slurmd", "slurmctld"):
+            procfs.end([p for p in daemons.processes_of(self.paths) if p.name == daemon], _DAEMON_GRACE_S)
         # What outlived its job, the slurmstepds among it, and last of all munged.
         procfs.end([p for p in daemons.processes_of(self.paths) if p.name != "munged"], _DAEMON_GRACE_S)
         procfs.end(daemons.processes_of(self.paths), _DAEMON_GRACE_S)
-        remove_temp_dirs(slurm_conf=str(self.paths.slurm_conf))
-        shutil.rmtree(self.paths.root, ignore_errors=True)
 
     def _end_jobs(self) -> None:
         if not (self.paths.slurm_conf.exists() and self._runs("slurmctld") and self._runs("munged")):
             return
-        tools = self._client().tools
-
-        def gone() -> bool:
-            return not tools.run(["squeue", "--noheader", "--format", "%i"]).stdout.strip()
-
         try:
-            jobs = tools.run(["squeue", "--noheader", "--format", "%i"]).stdout.split()
+            jobs = self._jobs()
             if jobs:
-                tools.run(["scancel", "--quiet", *jobs])
-                nodes = self.status().nodes.values()
-                if "slurmd is dead" not in nodes:
-                    procfs.wait_until(gone, _JOBS_END_TIMEOUT_S, poll_s=0.1)
+                self._ask("scancel", "--quiet", *jobs)
+                if "slurmd is dead" not in self.status().nodes.values():
+                    procfs.wait_until(lambda: not self._jobs(), _JOBS_END_TIMEOUT_S, poll_s=0.1)
         except SlurmError as error:
             logger.warning("the sandbox's jobs could not be cancelled, their processes are ended one by one: %s", error)
 
@@ -374,21 +319,19 @@ def default_state_dir() -> Path:
     return Path(f"/tmp/ray-slurm-sandbox-{os.getuid()}")  # noqa: S108 short for the sockets, private by its owner
 
 
-def _check_tools(*, isolated: bool) -> None:
-    wanted = (*_TOOLS, *machines.TOOLS) if isolated else _TOOLS
-    missing = [name for name in wanted if shutil.which(name, path=_search_path()) is None]
+def _host() -> str:
+    return socket.gethostname().partition(".")[0]
+
+
+def _check_tools() -> None:
+    missing = [name for name in _TOOLS if shutil.which(name, path=_search_path()) is None]
     if missing:
-        packages = f"{_PACKAGES} {machines.PACKAGES}" if isolated else _PACKAGES
-        raise SandboxError(f"{', '.join(missing)} not found: apt-get install {packages}")
+        raise SandboxError(f"{', '.join(missing)} not found: apt-get install {_PACKAGES}")
 
 
 def _search_path() -> str:
     # The daemons live where an ordinary user's PATH does not look.
     return os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
-
-
-def _path_of(name: str) -> str:
-    return shutil.which(name, path=_search_path()) or name
 
 
 def _free_port_block(count: int) -> int:

@@ -1,4 +1,4 @@
-"""A cluster on an isolated sandbox, with a handle on everything that can break."""
+"""A cluster on a sandbox of machines, with a handle on everything that can break."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from pathlib import Path
 
 from support import UserCluster, cluster_config, user_environment, wait_for
 
+from faults.machines import MachineSandbox
 from ray_slurm_provider import procfs
 from ray_slurm_provider.birth_certificate import read_certificate
-from ray_slurm_provider.sandbox.faults import controller_fault, node_fault
 from ray_slurm_provider.sandbox.layout import usual_spec
-from ray_slurm_provider.sandbox.lifecycle import Sandbox
-from ray_slurm_provider.sandbox.machines import LOGIN
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 
@@ -32,15 +30,15 @@ _DRIVER = Path(__file__).with_name("driver.py")
 
 
 class Bed:
-    """An isolated sandbox and tools between it and the cluster that can be told to fail."""
+    """A sandbox of machines and tools between it and the cluster that can be told to fail."""
 
     def __init__(self, nodes=4, **settings):
         self.parent = Path(tempfile.mkdtemp(prefix="rst-"))
         self.parent.chmod(0o755)
-        self.box = Sandbox(self.parent / "s")
-        spec = usual_spec(nodes=nodes, cpus=4, memory="8G", isolated=True)
+        self.box = MachineSandbox(self.parent / "s")
+        spec = usual_spec(nodes=nodes, cpus=4, memory="8G")
         self.box.up(spec.model_copy(update={"settings": settings}))
-        self.prefix = self.box.machines.command(LOGIN, [])
+        self.prefix = self.box.prefix()
         self.environ = self.box.environment()
         self.bin = self.parent / "bin"
         self.bin.mkdir()
@@ -82,10 +80,10 @@ class Bed:
             path.with_suffix(".new").replace(path)
 
     def controller(self, fault, **options):
-        controller_fault(self.box, fault, **options)
+        self.box.controller_fault(fault, **options)
 
     def node(self, name, fault):
-        node_fault(self.box, name, fault)
+        self.box.node_fault(name, fault)
 
     def stop_munge(self):
         pids = [

@@ -20,7 +20,7 @@ def _require_machines():
 
 @pytest.fixture(scope="session")
 def patient_bed():
-    """An isolated sandbox whose SLURM gives a silent machine time, as sites do."""
+    """A sandbox whose SLURM gives a silent machine time, as sites do."""
     _require_machines()
     bed = Bed(**PATIENT)
     try:
@@ -31,7 +31,7 @@ def patient_bed():
 
 @pytest.fixture(scope="session")
 def bed():
-    """An isolated sandbox of four machines; a lost one is noticed after about 11 s."""
+    """A sandbox of four machines; a lost one is noticed after about 11 s."""
     _require_machines()
     disk = Path(tempfile.mkdtemp(prefix="rst-disk-"))
     if os.geteuid() == 0:

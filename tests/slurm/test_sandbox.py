@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import RAY_SLURM, machines_are_allowed, wait_for
+from support import RAY_SLURM, wait_for
 
 from ray_slurm_provider.errors import SandboxError
 from ray_slurm_provider.sandbox import lifecycle
@@ -172,114 +172,26 @@ def test_run_passes_the_exit_code_on(sandbox):
     assert "no-such-command" in _type("run", "--state-dir", root, "--", "no-such-command").stderr
 
 
-def _run(box, *words):
-    """Run a command on the login machine, and return what it printed."""
-    done = _type("run", "--state-dir", box.paths.root, "--", *words, cwd="/tmp")
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def _state(box, node):
-    return _run(box, "sinfo", "-h", "-N", "-n", node, "-o", "%T").strip()
-
-
-@pytest.mark.skipif(not machines_are_allowed(), reason="the kernel does not let us make namespaces")
-def test_the_nodes_of_an_isolated_sandbox_are_machines_that_can_be_lost(parent):
-    box = Sandbox(parent / "s")
-    assert _type("up", "--isolated", "--nodes", 2, "--state-dir", box.paths.root).returncode == 0
-
-    def fault(*words):
-        done = _type(*words, "--state-dir", box.paths.root)
-        assert done.returncode == 0, done.stderr
-
-    look = "hostname; ip -o -4 addr show eth0; ls /dev/shm; touch /dev/shm/mine; ls /proc | grep -c '^[0-9]'"
-    _run(box, "srun", "-w", "c2", "sh", "-c", look)
-    name, address, processes = _run(box, "srun", "-w", "c1", "sh", "-c", look).splitlines()
-    assert name == "c1"
-    assert " 10.77.1.1/" in address
-    assert int(processes) < 20
-    assert not Path("/dev/shm/mine").exists()
-    assert "ip link" not in _type("env", "--state-dir", box.paths.root).stdout
-
-    fault("node", "c1", "cut")
-    wait_for(lambda: _state(box, "c1").startswith("down"), 40, "SLURM to notice")
-    fault("node", "c1", "join")
-    wait_for(lambda: _state(box, "c1") == "idle", 60, "the node to come back")
-
-    _run(box, "sbatch", "-w", "c2", "--no-requeue", "-o", "/dev/null", "--wrap", "sleep 600")
-    wait_for(lambda: _run(box, "squeue", "-h", "-o", "%T").split() == ["RUNNING"], 20, "the job")
-    fault("node", "c2", "crash")
-    assert not [p for p in processes_of(box.paths) if b"SLURMD_NODENAME=c2" in p.read("environ")]
-    assert _type("node", "c2", "crash", "--state-dir", box.paths.root).returncode == 1
-    fault("node", "c2", "boot")
-    wait_for(lambda: _state(box, "c2") == "idle", 60, "the node to come back")
-    wait_for(lambda: not _run(box, "squeue", "-h"), 60, "the job's end")
-
-    _run(box, "sbatch", "-H", "-o", "/dev/null", "--wrap", "true")
-    for words, kept in ((["stop"], True), (["crash"], True), (["stop"], False)):
-        if words == ["crash"]:
-            # What it knows is on disk after five seconds at most.
-            wait_for(lambda: (box.paths.root / "ctld" / "job_state").stat().st_size > 0, 20, "the state")
-        fault("controller", *words)
-        assert _type("status", "--state-dir", box.paths.root).returncode == 1
-        fault("controller", "start", *([] if kept else ["--forget-jobs"]))
-        assert bool(_run(box, "squeue", "-h")) == kept
-    fault("controller", "freeze")
-    assert "DOWN" in _type("status", "--state-dir", box.paths.root).stdout
-    fault("controller", "thaw")
-    wait_for(lambda: _type("status", "--state-dir", box.paths.root).returncode == 0, 60, "everything to be well")
-    box.down()
-    _gone(box)
-
-
-def test_an_isolated_sandbox_needs_no_root(public_place, users, site_prefix):
-    if subprocess.run(["unshare", "-U", "-r", "true"], user=users[0], capture_output=True).returncode:
-        pytest.skip("the kernel does not let users make namespaces")
-    place = public_place / "isolated"
-    command = [str(site_prefix / "bin" / "ray-slurm"), "sandbox"]
-
-    def run(*words):
-        done = subprocess.run(
-            [*command, *words],
-            user=users[0],
-            group=users[0],
-            extra_groups=[],
-            env={"PATH": "/usr/bin:/bin", "HOME": str(public_place / users[0]), "RAY_SLURM_SANDBOX": str(place)},
-            cwd="/tmp",
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    place.mkdir()
-    shutil.chown(place, users[0], users[0])
-    try:
-        run("up", "--isolated", "--nodes", "1")
-        assert run("run", "--", "srun", "sh", "-c", "hostname; id -un").split() == ["c1", users[0]]
-        for fault in ("cut", "join", "crash", "boot"):
-            run("node", "c1", fault)
-        wait_for(lambda: "c1         idle" in run("status"), 60, "the node to come back")
-    finally:
-        run("down")
-    assert processes_of(Sandbox(place).paths) == []
-
-
 @pytest.mark.parametrize(
-    ("words", "said"),
+    "words",
     [
-        (["node", "c1", "cut"], "--isolated"),
-        (["node", "nope", "crash"], "there are c1, c2"),
-        (["controller", "start"], "runs already"),
-        (["controller", "stop", "--forget-jobs"], "goes with start"),
-        (["controller", "explode"], "explode"),
+        ["up", "--isolated"],
+        ["up", "--layout", "site.yaml"],
+        ["node", "c1", "cut"],
+        ["controller", "start", "--forget-jobs"],
+        ["controller", "--help"],
     ],
 )
-def test_a_fault_that_cannot_be_made_says_why(sandbox, words, said):
-    done = _type(*words, "--state-dir", sandbox.paths.root)
-    assert done.returncode in {1, 2}
-    assert said in done.stderr
+def test_who_asks_for_machines_and_faults_is_told_where_they_are_now(words, tmp_path):
+    (tmp_path / "site.yaml").write_text("{nodes: [{name: c}], partitions: [{name: p, groups: [c]}], isolated: true}")
+    done = _type(*words, cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "python -m tests.faults.rehearsal" in done.stderr
+
+
+def test_what_is_gone_is_not_in_the_help():
+    assert "controller" not in _type("--help").stdout
+    assert "isolated" not in _type("up", "--help").stdout
 
 
 def test_up_where_one_is_up_says_how_to_end_it(sandbox):

@@ -17,7 +17,6 @@ LAYERS = [
     {"cli"},
     {"garbage"},
     {"node_provider", "command_runner", "node_table", "sandbox.commands"},
-    {"sandbox.faults"},
     {"preflight", "yaml_schema", "deployment.commands"},
     {"deployment.deploy", "deployment.site_document"},
     {"deployment.probing", "deployment.document"},
@@ -33,7 +32,6 @@ LAYERS = [
         "sessions",
         "sandbox.daemons",
         "sandbox.layout",
-        "sandbox.machines",
         "sandbox",
     },
     {"access", "cluster", "shells"},
@@ -167,7 +165,6 @@ def test_processes_are_started_in_few_places():
             assert module in {
                 "slurm.process",
                 "sandbox.lifecycle",
-                "sandbox.machines",
                 "agent.supervisor",
                 "agent.requests",
                 "agent.monitor",

@@ -1,5 +1,5 @@
 #!/bin/bash
-# The first process of a virtual machine of an isolated sandbox; the namespaces around it are its own.
+# The first process of a virtual machine of a sandbox; the namespaces around it are its own.
 #   machine.sh NAME ROOT DEVICES    DEVICES: whether /dev/shm and /proc are its own, too
 name=$1 root=$2 devices=$3
 trap 'exit 0' TERM
