@@ -4,61 +4,40 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
-from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, read_certificate
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, BirthCertificate, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.reports import READY
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ray_slurm_provider.birth_certificate import BirthCertificate
-    from ray_slurm_provider.slurm.client import SlurmClient
-    from ray_slurm_provider.slurm.types import Job
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.types import Job
 
 
 @dataclass(frozen=True)
 class ClusterRow:
-    """One cluster, as a person wants to see it.
-
-    Attributes:
-        name: Its name.
-        state: ``up``, ``starting``, ``queued``, ``down``; ``no head`` when only workers are left, ``unknown``
-            when nobody can tell from here.
-        head: Node id of the head; "" when there is none.
-        running: How many workers run.
-        queued: How many workers wait.
-        address: Where the head answers; "" when it does not.
-        directory: The cluster's directory; "" when it is not known.
-    """
+    """One cluster, as a person wants to see it."""
 
     name: str
-    state: str
-    head: str
-    running: int
-    queued: int
-    address: str
-    directory: str
+    state: str  # up, starting, queued, down; "no head" when only workers are left, "unknown" when nobody can tell
+    head: str  # node id; "" when there is none
+    running: int  # workers
+    queued: int  # workers
+    address: str  # where the head answers; "" when it does not
+    directory: str  # "" when it is not known
 
 
 @dataclass
 class FoundCluster:
-    """What is found of one cluster.
+    """What is found of one cluster."""
 
-    Attributes:
-        jobs: Its living jobs with their certificates.
-        directory: Its directory, None when it is not known.
-    """
-
-    jobs: list[tuple[BirthCertificate, Job]] = field(default_factory=list)
+    jobs: list[tuple[BirthCertificate, Job]] = field(default_factory=list)  # those that live
     directory: ClusterDir | None = None
 
     def heads(self, name: str) -> tuple[list[tuple[str, bool]], bool]:
@@ -85,9 +64,7 @@ def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
 def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, str], FoundCluster]:
     """Return every cluster of this user, by name and fingerprint of its directory.
 
-    Args:
-        client: The way to SLURM.
-        state_dir: Where to look for directories of clusters of which nothing runs.
+    Directories of clusters of which nothing runs are looked for in ``state_dir``.
 
     Raises:
         SlurmError: SLURM does not answer; nothing is known then.

@@ -26,7 +26,7 @@ from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.command_line import arguments, cluster_yaml, has_option, ray_command
 from ray_slurm_provider.errors import HeadFailed
 from ray_slurm_provider.file_sync import SyncOptions, copy, fetch, is_shared, send
-from ray_slurm_provider.forward import Forward, Forwarder
+from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
 from ray_slurm_provider.progress import HeadProgress, queue_places
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, readable, submitted_words
@@ -251,7 +251,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         for forward in forwards:
             cli_logger.print("127.0.0.1:{} leads to {}:{}", forward.local, forward.host, forward.remote)
         try:
-            with Forwarder(forwards):
+            with forwarded(forwards):
                 yield
         except OSError as error:
             raise click.ClickException(f"the port cannot be forwarded: {error.strerror or error}") from error

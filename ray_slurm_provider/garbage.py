@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ray_slurm_provider.agent.temp_dirs import dead_temp_dirs, sweep_temp_dirs
+from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.clusters import collect_clusters
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ray_slurm_provider.cluster_dir import ClusterDir
-    from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.client import SlurmClient
 
 # A directory that was made a moment ago: `ray up` is about to submit its head.
 _YOUNG_S = 120.0
@@ -27,17 +23,11 @@ _CANARY_HEAD = "HEAD"
 
 @dataclass(frozen=True)
 class Garbage:
-    """What can go.
+    """What can go."""
 
-    Attributes:
-        jobs: Job ids, each with what it is.
-        directories: Directories of clusters of which nothing runs.
-        temp_dirs: What killed jobs left in the temporary directory of this host.
-    """
-
-    jobs: dict[str, str]
-    directories: list[ClusterDir]
-    temp_dirs: list[Path]
+    jobs: dict[str, str]  # by their ids, what they are
+    directories: list[ClusterDir]  # of clusters of which nothing runs
+    temp_dirs: list[Path]  # what killed jobs left on this host
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.directories or self.temp_dirs)
@@ -53,12 +43,6 @@ class Garbage:
 
 def find_garbage(client: SlurmClient, state_dir: Path, temp_dir: str, now: float | None = None) -> Garbage:
     """Return what belongs to no living cluster of this user.
-
-    Args:
-        client: The way to SLURM.
-        state_dir: Where cluster directories are.
-        temp_dir: Where Ray's temporary directories are on this host.
-        now: Seconds since the epoch.
 
     Raises:
         SlurmError: SLURM does not answer; nothing is known then.

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import shlex
 import socket
-from typing import TYPE_CHECKING
 
-from ray_slurm_provider.reports import bracketed
-
-if TYPE_CHECKING:
-    from ray_slurm_provider.reports import NodeReport
+from ray_slurm_provider.reports import NodeReport, bracketed
 
 DASHBOARD_PORT, CLIENT_PORT = 8265, 10001
 
@@ -21,13 +17,9 @@ def full_host_name() -> str:
 
 
 def tunnel_command(report: NodeReport, user: str, login_host: str, *, dashboard_on_loopback: bool) -> str:
-    """Return a line for a shell on a laptop.
+    """Return a line for a shell on a laptop, which knows the login node by ``login_host``.
 
-    Args:
-        report: The head's report.
-        user: The user's name on the login node.
-        login_host: The login node's name, as the laptop knows it.
-        dashboard_on_loopback: Whether only the head's own host sees the dashboard, as without a token.
+    Without a token only the head's own host sees the dashboard: ``dashboard_on_loopback``.
     """
     target = f"{user}@{login_host}"
     jump: list[str] = []

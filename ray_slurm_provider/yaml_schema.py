@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import BaseModel
 
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.ray_contract import cluster_schema
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
+# Ray reads these before it asks the provider, and ends in a traceback without them.
+_REQUIRED = {
+    "cluster_name",
+    "provider",
+    "max_workers",
+    "head_node_type",
+    "available_node_types",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+}
 _MODULE = "ray_slurm_provider.node_provider.SlurmNodeProvider"
 
 
 def yaml_schema() -> dict[str, Any]:
     """Return the schema, for editors that complete and check YAML."""
-    schema = copy.deepcopy(cluster_schema())
+    schema = cluster_schema()
     definitions: dict[str, Any] = {}
     provider = schema["properties"]["provider"]
     provider["properties"] |= {
@@ -30,20 +39,7 @@ def yaml_schema() -> dict[str, Any]:
     node_type["required"] = [name for name in node_type.get("required", []) if name != "resources"]
     node_type["properties"]["node_config"] = _section(NodeConfig, definitions)
     schema["properties"].pop("docker", None)
-    # Ray reads these before it asks the provider, and ends in a traceback without them.
-    schema["required"] = sorted(
-        {
-            *schema.get("required", []),
-            "cluster_name",
-            "provider",
-            "max_workers",
-            "head_node_type",
-            "available_node_types",
-            "setup_commands",
-            "head_setup_commands",
-            "worker_setup_commands",
-        }
-    )
+    schema["required"] = sorted(_REQUIRED.union(schema.get("required", [])))
     return {
         **schema,
         "$schema": "http://json-schema.org/draft-07/schema#",
