@@ -36,7 +36,7 @@ behave in a way of their own here:
 | `resources` of a node type | derived from the sbatch options: CPU, GPU, `accelerator_type:*`, memory, object store (30 % of the job's memory). What you write wins; more than the job has is an error. |
 | `initialization_commands`, `setup_commands`, `head_setup_commands`, `worker_setup_commands` | run in the job, in Ray's order, in one shell that then becomes the node: what they export stays in force. Lists of a node type replace the global ones, as in Ray. |
 | `head_start_ray_commands`, `worker_start_ray_commands` | not run: the job starts Ray itself. Further arguments go to `ray_start_args`. |
-| `file_mounts` | copied on the shared file system before the head starts; a target that only this host sees is refused. |
+| `file_mounts` | copied on the shared file system before the head starts; a target that only this host sees is refused by `ray up` and `ray-slurm check`. |
 | `rsync_exclude`, `rsync_filter` | count, as in Ray. |
 | `auth` | for `command_runner: ssh` only. |
 | `idle_timeout_minutes` | 5 when it is not given; `idle_timeout_s` of a node type wins. |

@@ -182,19 +182,12 @@ def script(path: Path, node_type: str) -> str:
     return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
 
 
-def check_for_up(config: dict[str, Any]) -> None:
-    """Refuse what `ray up` alone would stumble over, and only after it has submitted the head.
+def check_file_mounts(config: dict[str, Any]) -> None:
+    """Refuse what Ray would stumble over only after it has submitted the head.
 
     Raises:
-        click.ClickException: Nothing has been done yet.
+        ConfigError: A source does not exist here, or the jobs would not see a target.
     """
-    try:
-        _check_file_mounts(config)
-    except ConfigError as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _check_file_mounts(config: dict[str, Any]) -> None:
     shared = read_settings(config["provider"].get("slurm")).directory()
     head = config["available_node_types"][config["head_node_type"]]["node_config"]
     for target, source in config["file_mounts"].items():

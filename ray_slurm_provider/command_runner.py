@@ -25,7 +25,7 @@ from ray_slurm_provider.backends.login_process import PREFIX, host_name
 from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.command_line import arguments, cluster_yaml, has_option, ray_command
 from ray_slurm_provider.errors import HeadFailed
-from ray_slurm_provider.file_sync import SyncOptions, copy, fetch, is_shared, send
+from ray_slurm_provider.file_sync import SyncOptions, copy, is_shared
 from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
 from ray_slurm_provider.progress import HeadProgress, queue_places
@@ -120,25 +120,23 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     @readable
     def run_rsync_up(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy to the node: here, when the file system is shared, else through a shell there."""
+        """Copy to a place that the node sees too."""
         if Path(target).name == _BOOTSTRAP:
             self._cluster.directory.write_bootstrap_config(Path(source))
             return
         if Path(target).name == _BOOTSTRAP_KEY:
             return  # the autoscaler submits jobs; it needs no key
-        if self._sees_the_same(target):
-            copy(source, target, _sync_options(options))
-        else:
-            send(source, target, _sync_options(options), self._shell())
+        if not self._sees_the_same(target):
+            raise _not_shared(target, f"cp -r SHARED_PATH {target}")
+        copy(source, target, _sync_options(options))
 
     @readable
     def run_rsync_down(self, source: str, target: str, options: dict[str, Any] | None = None) -> None:
-        """Copy from the node."""
-        source = self._with_our_paths(source)
-        if self._sees_the_same(source):
-            copy(source, target, _sync_options(options))
-        else:
-            fetch(source, target, _sync_options(options), self._shell())
+        """Copy from a place that the node sees too."""
+        there = self._with_our_paths(source)
+        if not self._sees_the_same(there):
+            raise _not_shared(source, f"cp -r {source} SHARED_PATH")
+        copy(there, target, _sync_options(options))
 
     def remote_shell_command_str(self) -> str:
         """Return what a person types for a shell on the node."""
@@ -283,6 +281,16 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)
         return text.replace(_RAY_LOGS, f"{report.temp_dir}/session_latest") if report and report.temp_dir else text
+
+
+def _not_shared(path: str, command: str) -> click.ClickException:
+    """Refuse to copy to or from a node's own file system, and show what does it."""
+    if ray_command() == "submit":
+        command = f"python SHARED_PATH/{Path(path).name}"
+    return click.ClickException(
+        f"{path} is on a file system that only its own host sees: use a path that all hosts share, or"
+        f" `ray exec {shlex.quote(cluster_yaml())} {shlex.quote(command)}`"
+    )
 
 
 def _sync_options(options: dict[str, Any] | None) -> SyncOptions:

@@ -1,13 +1,11 @@
-"""Copies files as rsync does, by rsync: on the shared file system, or through a shell on the node."""
+"""Copies files as rsync does, by rsync, on the file systems that this host sees."""
 
 from __future__ import annotations
 
 import glob
 import os
-import shlex
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,23 +15,16 @@ from ray_slurm_provider.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ray_slurm_provider.shells import Shell
-
 # File systems that only their own host sees (mount(8)); what is not one of these is taken for shared.
 _LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "vfat"})
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """What Ray's YAML says about copying.
+    """What Ray's YAML says about copying."""
 
-    Attributes:
-        exclude: Patterns of rsync to leave out.
-        filters: Names of files with such patterns in each directory, such as ``.gitignore``.
-    """
-
-    exclude: Sequence[str] = ()
-    filters: Sequence[str] = ()
+    exclude: Sequence[str] = ()  # patterns of rsync to leave out
+    filters: Sequence[str] = ()  # names of files with such patterns in each directory, such as ``.gitignore``
 
     def arguments(self) -> list[str]:
         """Return them for rsync, as Ray does (ray/autoscaler/_private/command_runner.py)."""
@@ -62,30 +53,6 @@ def copy(source: str, target: str, options: SyncOptions) -> None:
     different = [origin for origin in origins if not _same(origin, goal)]
     if different:
         _rsync([*options.arguments(), *different, goal])
-
-
-def send(source: str, target: str, options: SyncOptions, shell: Shell) -> None:
-    """Copy from this host to a place that only the node sees.
-
-    Raises:
-        StateError: It cannot be copied.
-    """
-    origins = _matching(source)
-    make = f"mkdir -p {_for_shell(str(_parent(target)))} && rsync"
-    with _remote_shell(shell) as words:
-        _rsync([*words, "--rsync-path", make, *options.arguments(), *origins, f"node:{_for_rsync(target)}"])
-
-
-def fetch(source: str, target: str, options: SyncOptions, shell: Shell) -> None:
-    """Copy from a place that only the node sees to this host.
-
-    Raises:
-        StateError: It cannot be copied.
-    """
-    goal = _expanded(target)
-    _parent(goal).mkdir(parents=True, exist_ok=True)
-    with _remote_shell(shell) as words:
-        _rsync([*words, *options.arguments(), f"node:{_for_rsync(source)}", goal])
 
 
 def is_shared(path: str, shared: Path) -> bool:
@@ -122,33 +89,14 @@ def _mounts() -> Iterator[tuple[str, str]]:
 
 
 def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-class _remote_shell:  # noqa: N801 used like a function
-    """A script that rsync can take for ssh."""
-
-    def __init__(self, shell: Shell) -> None:
-        mark = "RSYNC_COMMAND"
-        line = shlex.join(shell.plain(mark)).replace(mark, '"cd && $*"')
-        self._directory = tempfile.TemporaryDirectory(prefix="ray-slurm-")
-        self._script = Path(self._directory.name) / "rsh"
-        # rsync names the host first, which the shell knows already.
-        self._script.write_text(f"#!/bin/bash\nshift\nexec {line}\n")
-        self._script.chmod(0o700)
-
-    def __enter__(self) -> list[str]:
-        return ["--rsh", shlex.quote(str(self._script))]
-
-    def __exit__(self, *_: object) -> None:
-        self._directory.cleanup()
+    # Unlike `Path.exists` it does not raise below a directory that is closed to us.
+    return next(place for place in (path, *path.parents) if os.path.exists(place))  # noqa: PTH110
 
 
 def _rsync(arguments: Sequence[str]) -> None:
     try:
         done = subprocess.run(
-            # Secluded arguments: no shell on the way looks at the paths.
-            ["rsync", "--archive", "--no-owner", "--no-group", "--protect-args", *arguments],
+            ["rsync", "--archive", "--no-owner", "--no-group", *arguments],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -187,12 +135,3 @@ def _expanded(path: str) -> str:
 def _parent(path: str) -> Path:
     """Return the directory that must be there for a path to be written."""
     return Path(path) if path.endswith("/") else Path(path).parent
-
-
-def _for_rsync(path: str) -> str:
-    """Return a path on the node: relative to the home directory for ``~/``."""
-    return path.removeprefix("~/") or "."
-
-
-def _for_shell(path: str) -> str:
-    return f"~/{shlex.quote(path.removeprefix('~/'))}" if path.startswith("~/") else shlex.quote(path)

@@ -226,12 +226,13 @@ class SlurmNodeProvider(NodeProvider):
         return bootstrap.fill_out(cluster_config)
 
     @staticmethod
+    @readable
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
         """Refuse a YAML with a mistake; Ray calls this second."""
         config = bootstrap.bootstrap(cluster_config)
         if ray_command() != "up":
             return config
-        bootstrap.check_for_up(config)
+        bootstrap.check_file_mounts(config)
         changes = bootstrap.head_changes(config)
         if changes:
             cli_logger.warning("The head runs with another configuration:")

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ray_slurm_provider.agent import network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.backends.launch_script import job_environment
-from ray_slurm_provider.bootstrap import resolve_file
+from ray_slurm_provider.bootstrap import check_file_mounts, resolve_file
 from ray_slurm_provider.canaries import look_around
 from ray_slurm_provider.canary_findings import NodeTypeJob
 from ray_slurm_provider.cluster import Cluster
@@ -82,6 +82,7 @@ def preflight(path: Path, environ: Mapping[str, str], canary_wait_s: float | Non
     """
     try:
         config = resolve_file(path)
+        check_file_mounts(config)
     except SlurmProviderError as error:
         yield _failure("yaml", str(error))
         return

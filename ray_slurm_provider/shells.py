@@ -26,9 +26,6 @@ _END_S = 5.0
 class Shell(Protocol):
     """A way to one node."""
 
-    def plain(self, text: str) -> list[str]:
-        """Return the command line here that hands a text to a shell there."""
-
     def command(self, text: str, *, terminal: bool) -> list[str]:
         """Return the command line here that runs a text there with the cluster's environment.
 
@@ -51,13 +48,9 @@ class LocalShell:
 
     exports: Path
 
-    def plain(self, text: str) -> list[str]:
-        """See `Shell`."""
-        return ["bash", "-c", text]
-
     def command(self, text: str, *, terminal: bool) -> list[str]:  # noqa: ARG002 it has the terminal that we have
         """See `Shell`."""
-        return self.plain(_with_exports(self.exports, text))
+        return ["bash", "-c", _with_exports(self.exports, text)]
 
     def interrupted(self) -> None:
         """Nothing is left: what ran here was our child."""
@@ -79,13 +72,9 @@ class SrunShell:
     job_id: str
     cluster: str = ""
 
-    def plain(self, text: str) -> list[str]:
-        """See `Shell`."""
-        # Otherwise bytes without a line's end stay in slurmstepd (measured, 22.05): rsync would wait for ever.
-        return [*self._step(), "--unbuffered", "bash", "-c", text]
-
     def command(self, text: str, *, terminal: bool) -> list[str]:
         """See `Shell`."""
+        # Unless told otherwise, slurmstepd keeps bytes that end no line (measured, 22.05).
         option = "--pty" if terminal else "--unbuffered"
         return [*self._step(), option, "bash", "-c", _with_exports(self.exports, text)]
 
@@ -120,10 +109,6 @@ class SshShell:
     temp_dir: str
     _token: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    def plain(self, text: str) -> list[str]:
-        """See `Shell`."""
-        return ["ssh", *self.arguments, text]
-
     def command(self, text: str, *, terminal: bool) -> list[str]:
         """See `Shell`."""
         note = f"ps -o pgid= -p $$ >{self._note()}; " if not terminal else ""
@@ -133,7 +118,7 @@ class SshShell:
     def interrupted(self) -> None:
         """End the command's process group: without a terminal sshd would let it run on."""
         subprocess.run(
-            self.plain(f"kill -TERM -- -$(cat {self._note()})"),
+            ["ssh", *self.arguments, f"kill -TERM -- -$(cat {self._note()})"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,

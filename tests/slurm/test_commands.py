@@ -184,17 +184,33 @@ def test_files_go_up_and_down_as_rsync_says(cluster, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_what_is_not_shared_goes_through_the_allocation(cluster, tmp_path):
+def test_what_only_the_heads_host_sees_is_copied_there_and_refused_elsewhere(cluster, tmp_path):
     (tmp_path / "f").write_text("x")
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="rst-") as private:
-        cluster.ray("rsync-up", cluster.yaml, tmp_path / "f", f"{private}/it's/ne w")
-        assert Path(private, "it's", "ne w").read_text() == "x"
-        cluster.ray("rsync-down", cluster.yaml, f"{private}/it's/", f"{tmp_path}/back/")
-    assert (tmp_path / "back" / "ne w").read_text() == "x"
+        if _on_login_node(cluster):
+            cluster.ray("rsync-up", cluster.yaml, tmp_path / "f", f"{private}/it's/ne w")
+            assert Path(private, "it's", "ne w").read_text() == "x"
+            cluster.ray("rsync-down", cluster.yaml, f"{private}/it's/", f"{tmp_path}/back/")
+            assert (tmp_path / "back" / "ne w").read_text() == "x"
+            return
+        for words in (("rsync-up", tmp_path / "f", f"{private}/f"), ("rsync-down", private, tmp_path / "back")):
+            done = cluster.ray(words[0], cluster.yaml, *words[1:], check=False)
+            assert done.returncode == 1
+            assert f"{private}" in done.stderr
+            assert (
+                f"only its own host sees: use a path that all hosts share, or `ray exec {cluster.yaml} " in done.stderr
+            )
+            assert "Traceback" not in done.stdout + done.stderr
+        assert os.listdir(private) == []
 
 
-def test_rays_logs_come_down_from_where_they_are(cluster, tmp_path):
-    cluster.ray("rsync-down", cluster.yaml, "/tmp/ray/session_latest/logs/monitor.log", f"{tmp_path}/")
+def test_rays_logs_come_down_as_the_refusal_says(cluster, tmp_path):
+    log = "/tmp/ray/session_latest/logs/monitor.log"
+    done = cluster.ray("rsync-down", cluster.yaml, log, f"{tmp_path}/", check=False)
+    if not _on_login_node(cluster):
+        assert done.returncode == 1
+        command = re.search("`ray (exec .*)`", done.stderr)[1].replace("SHARED_PATH", f"{tmp_path}/")
+        cluster.ray(*shlex.split(command))
     assert "Autoscaler" in (tmp_path / "monitor.log").read_text()
 
 

@@ -74,6 +74,7 @@ def _defects():
         ("job of worker", "sbatch refuses it", set_worker(constraint="unicorn")),
         ("python", "does not exist", set_slurm(python="/nowhere/python")),
         ("temp_dir", "bytes too long", set_slurm(temp_dir="/tmp/" + "x" * 80)),
+        ("yaml", "file_mounts./dev/shm/x: ", lambda cluster: cluster.config.update(file_mounts={"/dev/shm/x": "/tmp"})),
         ("state_dir", "", set_slurm(state_dir="/proc/nowhere")),
     ]
 

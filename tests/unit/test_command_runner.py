@@ -1,0 +1,39 @@
+"""What the command runner refuses, before it asks anybody."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.command_runner import SlurmCommandRunner
+from ray_slurm_provider.config import SlurmSettings
+from ray_slurm_provider.reports import NodeReport, write_report
+
+
+@pytest.fixture
+def runner(tmp_path):
+    """A head in a job whose Ray writes below /dev/shm, which no other host sees."""
+    cluster = Cluster("c", SlurmSettings(state_dir=str(tmp_path / "state")))
+    cluster.directory.prepare()
+    write_report(cluster.directory.reports, NodeReport("7-abc", "ready", temp_dir="/dev/shm/rsp-x/r"), head=False)
+    return SlurmCommandRunner(cluster, "7-abc")
+
+
+def test_what_only_a_nodes_host_sees_is_refused_with_the_other_way(runner, tmp_path):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(click.ClickException, match="only its own host sees") as refusal:
+        runner.run_rsync_up(str(tmp_path / "f"), "/dev/shm/it's")
+    assert refusal.value.exit_code == 1
+    assert "cp -r SHARED_PATH /dev/shm/it" in refusal.value.message
+    assert "\n" not in refusal.value.message
+    with pytest.raises(click.ClickException, match="/tmp/ray/session_latest/logs is on .* 'cp -r /tmp/ray/session_lat"):
+        runner.run_rsync_down("/tmp/ray/session_latest/logs", str(tmp_path / "down"))
+    assert not (tmp_path / "down").exists()
+
+
+def test_what_is_shared_is_copied_here(runner, tmp_path):
+    (tmp_path / "f").write_text("x")
+    runner.run_rsync_up(str(tmp_path / "f"), f"{tmp_path}/up/")
+    runner.run_rsync_down(f"{tmp_path}/up/", f"{tmp_path}/down/")
+    assert (tmp_path / "down" / "f").read_text() == "x"
