@@ -23,13 +23,12 @@ import click
 from ray_slurm_provider.agent.requests import socket_path
 from ray_slurm_provider.backends.login_process import PREFIX, host_name
 from ray_slurm_provider.birth_certificate import job_id_of
-from ray_slurm_provider.command_line import arguments, cluster_yaml, has_option, ray_command
 from ray_slurm_provider.errors import HeadFailed
 from ray_slurm_provider.file_sync import SyncOptions, copy, is_shared
 from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
 from ray_slurm_provider.progress import HeadProgress, queue_places
-from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, readable, submitted_words
+from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, ray_command, readable
 from ray_slurm_provider.sessions import STOP_TAIL, on_the_node, submission
 from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
 
@@ -84,6 +83,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         self._cluster = cluster
         self._node_id = node_id
         self._auth = auth or {}
+        self._command = ray_command()
 
     @readable
     def run(
@@ -108,12 +108,12 @@ class SlurmCommandRunner(CommandRunnerInterface):
             if "ray start" in cmd:
                 self._start_head(cmd, environment_variables)
             return ""
-        if run_env == "host" and ray_command() != "exec":
+        if run_env == "host" and self._command.name != "exec":
             # The updater's own probes.
             return ""
         if cmd.strip() == "ray stop":
             # It would end every Ray of this user on that host. `ray down` sends it first, and ends the jobs then.
-            if ray_command() not in {"down", "teardown"}:
+            if self._command.name != "down":
                 raise click.ClickException("`ray stop` would end all your Ray clusters on that host; use `ray down`")
             return ""
         return self._run_command(cmd, with_output=with_output)
@@ -127,7 +127,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if Path(target).name == _BOOTSTRAP_KEY:
             return  # the autoscaler submits jobs; it needs no key
         if not self._sees_the_same(target):
-            raise _not_shared(target, f"cp -r SHARED_PATH {target}")
+            raise self._not_shared(target, f"cp -r SHARED_PATH {target}")
         copy(source, target, _sync_options(options))
 
     @readable
@@ -135,7 +135,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         """Copy from a place that the node sees too."""
         there = self._with_our_paths(source)
         if not self._sees_the_same(there):
-            raise _not_shared(source, f"cp -r {source} SHARED_PATH")
+            raise self._not_shared(source, f"cp -r {source} SHARED_PATH")
         copy(there, target, _sync_options(options))
 
     def remote_shell_command_str(self) -> str:
@@ -150,7 +150,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         node = self._cluster.last_seen(self._node_id)
         # Whoever types `ray up` wants another try of whatever failed.
         self._cluster.launches.resume()
-        if node.ready and not has_option("--restart-only"):
+        if node.ready and not self._command.options.get("restart_only"):
             cli_logger.print("Ray already runs in {}; nothing is restarted.", node.label)
             self._say_what_next()
             return
@@ -184,12 +184,12 @@ class SlurmCommandRunner(CommandRunnerInterface):
         label = self._cluster.last_seen(self._node_id).label
         cli_logger.success("Ray answers at {} ({}, {})", report.gcs_address, label, report.slurm_node or report.host)
         cli_logger.print("Use it from this shell:")
-        cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(cluster_yaml()))
+        cli_logger.print('  eval "$(ray-slurm env {})" && ray status', shlex.quote(self._command.cluster_yaml))
 
     def _run_command(self, cmd: str, *, with_output: bool) -> str:
         shell = self._shell()
-        if ray_command() == "submit":
-            cmd = submission(cmd, submitted_words(arguments()))
+        if self._command.name == "submit":
+            cmd = submission(cmd, [self._command.options["script"], *self._command.options["script_args"]])
         cmd = on_the_node(self._rewritten(cmd), self._agent_socket())
         terminal = not with_output and sys.stdin.isatty() and sys.stdout.isatty()
         code, output = run(shell, cmd, with_output=with_output, terminal=terminal)
@@ -230,6 +230,15 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _sees_the_same(self, path: str) -> bool:
         """Tell whether the node sees a path of this host."""
         return self._on_this_host() or is_shared(path, self._cluster.directory.root.parent)
+
+    def _not_shared(self, path: str, command: str) -> click.ClickException:
+        """Refuse to copy to or from a node's own file system, and show what does it."""
+        if self._command.name == "submit":
+            command = f"python SHARED_PATH/{Path(path).name}"
+        return click.ClickException(
+            f"{path} is on a file system that only its own host sees: use a path that all hosts share, or"
+            f" `ray exec {shlex.quote(self._command.cluster_yaml)} {shlex.quote(command)}`"
+        )
 
     @contextmanager
     def _forwarded(self, pairs: Any) -> Iterator[None]:
@@ -281,16 +290,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)
         return text.replace(_RAY_LOGS, f"{report.temp_dir}/session_latest") if report and report.temp_dir else text
-
-
-def _not_shared(path: str, command: str) -> click.ClickException:
-    """Refuse to copy to or from a node's own file system, and show what does it."""
-    if ray_command() == "submit":
-        command = f"python SHARED_PATH/{Path(path).name}"
-    return click.ClickException(
-        f"{path} is on a file system that only its own host sees: use a path that all hosts share, or"
-        f" `ray exec {shlex.quote(cluster_yaml())} {shlex.quote(command)}`"
-    )
 
 
 def _sync_options(options: dict[str, Any] | None) -> SyncOptions:

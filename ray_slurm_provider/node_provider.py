@@ -23,7 +23,6 @@ from ray_slurm_provider import bootstrap
 from ray_slurm_provider.agent.ray_command import V2_VARIABLE
 from ray_slurm_provider.birth_certificate import job_id_of, node_number
 from ray_slurm_provider.cluster import Cluster
-from ray_slurm_provider.command_line import has_option, ray_command
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmProviderError
@@ -36,28 +35,18 @@ from ray_slurm_provider.ray_contract import (
     TAG_RAY_USER_NODE_TYPE,
     NodeLaunchException,
     NodeProvider,
+    RayCommand,
     cli_logger,
+    ray_command,
     readable,
     silence_legacy_warnings,
 )
 
 logger = logging.getLogger(__name__)
 
-# Ray's commands that end in a traceback without a head that is up; click takes both spellings.
+# Ray's commands that end in a traceback without a head that is up.
 _FOR_A_RUNNING_HEAD = frozenset(
-    {
-        "attach",
-        "dashboard",
-        "exec",
-        "get-head-ip",
-        "get_head_ip",
-        "monitor",
-        "rsync-down",
-        "rsync-up",
-        "rsync_down",
-        "rsync_up",
-        "submit",
-    }
+    {"attach", "dashboard", "exec", "get-head-ip", "monitor", "rsync-down", "rsync-up", "submit"}
 )
 
 
@@ -72,7 +61,8 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
-        _drop_config_cache(str(provider_config.get("_config_cache_path") or ""))
+        self._command = ray_command()
+        _drop_config_cache(str(provider_config.get("_config_cache_path") or ""), self._command)
         self._torn_down: dict[str, set[str]] = {}
         self._head_id = ""
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
@@ -81,7 +71,7 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the ids of the nodes that wait or run and have these tags."""
-        if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and ray_command() in _FOR_A_RUNNING_HEAD:
+        if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and self._command.name in _FOR_A_RUNNING_HEAD:
             self._require_head()
         self._cluster.launch_held()
         return [
@@ -95,7 +85,7 @@ class SlurmNodeProvider(NodeProvider):
     def _require_head(self) -> None:
         """Say in a sentence what Ray would say in a traceback."""
         head = self._cluster.head()
-        if has_option("--start") or (head is not None and head.ready):
+        if self._command.options.get("start") or (head is not None and head.ready):
             return
         if head is None:
             raise click.ClickException(f"cluster {self.cluster_name} has no head; start it with `ray up`")
@@ -185,9 +175,9 @@ class SlurmNodeProvider(NodeProvider):
 
     def _without_minimum(self, nodes: list[str]) -> list[str]:
         """Leave out what ``--keep-min-workers`` keeps; Ray itself looks for it in a key that it has removed."""
-        if not has_option("--keep-min-workers"):
+        if not self._command.options.get("keep_min_workers"):
             return nodes
-        if not has_option("--workers-only"):
+        if not self._command.options.get("workers_only"):
             if not self._torn_down:
                 cli_logger.warning("Workers end with their head: --keep-min-workers works with --workers-only only.")
             return nodes
@@ -230,9 +220,11 @@ class SlurmNodeProvider(NodeProvider):
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
         """Refuse a YAML with a mistake; Ray calls this second."""
         config = bootstrap.bootstrap(cluster_config)
-        if ray_command() != "up":
+        command = ray_command()
+        if command.name == "up" or command.options.get("start"):
+            bootstrap.check_file_mounts(config)
+        if command.name != "up":
             return config
-        bootstrap.check_file_mounts(config)
         changes = bootstrap.head_changes(config)
         if changes:
             cli_logger.warning("The head runs with another configuration:")
@@ -264,13 +256,13 @@ class SlurmNodeProvider(NodeProvider):
             raise NodeLaunchException(error.launch_category, str(error), None) from error
 
 
-def _drop_config_cache(path: str) -> None:
+def _drop_config_cache(path: str, command: RayCommand) -> None:
     """Remove Ray's cache of the resolved YAML, and refuse that of somebody else.
 
     It lies in a directory of everybody's under a name that depends on the YAML alone, so another user with the
     same YAML would be served ours, with our paths (ray/autoscaler/_private/commands.py, _bootstrap_config).
     """
-    if not path or not ray_command():
+    if not path or not command.name:
         return  # the autoscaler reads another file
     try:
         owner = Path(path).stat().st_uid
@@ -279,7 +271,7 @@ def _drop_config_cache(path: str) -> None:
     if owner == os.getuid():
         with suppress(OSError):
             Path(path).unlink()
-    elif not has_option("--no-config-cache"):
+    elif not command.options.get("no_config_cache"):
         raise click.ClickException(
             f"Ray took the configuration from {path}, which another user has written\n"
             "  set TMPDIR to a directory of your own and try again"

@@ -9,7 +9,8 @@ import functools
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import click
 import ray.autoscaler
@@ -26,18 +27,18 @@ from ray.autoscaler.tags import (
     TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
 )
-from ray.scripts import scripts
 from ray.util.accelerators import accelerators
 
 from ray_slurm_provider.errors import SlurmProviderError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "CommandRunnerInterface",
     "NodeLaunchException",
     "NodeProvider",
+    "RayCommand",
     "cli_logger",
     "NODE_KIND_HEAD",
     "STATUS_UNINITIALIZED",
@@ -49,8 +50,8 @@ __all__ = [
     "cluster_schema",
     "prepare_config",
     "readable",
+    "ray_command",
     "silence_legacy_warnings",
-    "submitted_words",
 ]
 
 P = ParamSpec("P")
@@ -80,13 +81,22 @@ def _not_about_legacy_fields(record: logging.LogRecord) -> bool:
     return "legacy field" not in message and not message.startswith("setting max workers for")
 
 
-def submitted_words(arguments: list[str]) -> list[str]:
-    """Return the script and its arguments from what stands behind ``ray submit``; none when that cannot be read."""
-    try:
-        parsed = scripts.submit.make_context("submit", list(arguments)).params
-    except click.ClickException:
-        return []
-    return [parsed["script"], *parsed["script_args"]]
+class RayCommand(NamedTuple):
+    """The `ray` command that runs in this process: some of its options do not reach a provider in any other way."""
+
+    name: str = ""  # "" in the autoscaler and in programs
+    options: Mapping[str, Any] = MappingProxyType({})  # by the names of click's parameters
+
+    @property
+    def cluster_yaml(self) -> str:
+        """The cluster YAML that was named, or a word that stands for it."""
+        return self.options.get("cluster_config_file") or "CLUSTER.yaml"
+
+
+def ray_command() -> RayCommand:
+    """Return the `ray` command that runs; click tells it to its own thread only, not to those of Ray's updaters."""
+    context = click.get_current_context(silent=True)
+    return RayCommand() if context is None else RayCommand(context.command.name or "", context.params)
 
 
 def accelerator_names() -> list[str]:

@@ -27,7 +27,6 @@ LAYERS = [
     {
         "ray_contract",
         "cluster_yaml",
-        "command_line",
         "file_sync",
         "sessions",
         "sandbox.daemons",

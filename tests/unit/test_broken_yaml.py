@@ -7,6 +7,7 @@ import re
 
 import click
 import pytest
+from ray.scripts import scripts
 from support import cluster_config
 
 from ray_slurm_provider import bootstrap
@@ -133,15 +134,16 @@ def test_a_site_file_makes_no_mistake_right(place, value, path, site_file):
         SlurmNodeProvider.bootstrap_config(filled)
 
 
-def test_a_mount_that_the_jobs_cannot_see_is_refused_only_when_the_head_is_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ray", "--logging-level", "info", "up", "x.yaml"])
+@pytest.mark.parametrize("words", [["up", "x.yaml"], ["exec", "x.yaml", "true", "--start"]])
+def test_a_mount_that_the_jobs_cannot_see_is_refused_only_when_the_head_is_one(tmp_path, words):
     config = cluster_config("ok", tmp_path, file_mounts={"/dev/shm/data": str(tmp_path)})
     filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(copy.deepcopy(config)))
-    with pytest.raises(click.ClickException, match=r"file_mounts./dev/shm/data: is on a file system of this host"):
-        SlurmNodeProvider.bootstrap_config(filled)
-    config["available_node_types"]["head"] = {"node_config": {"placement": "login_node"}}
-    filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(config))
-    assert SlurmNodeProvider.bootstrap_config(filled)["file_mounts"]
+    with scripts.cli.commands[words[0]].make_context(words[0], words[1:]).scope():
+        with pytest.raises(click.ClickException, match=r"file_mounts./dev/shm/data: is on a file system of this host"):
+            SlurmNodeProvider.bootstrap_config(filled)
+        config["available_node_types"]["head"] = {"node_config": {"placement": "login_node"}}
+        filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(config))
+        assert SlurmNodeProvider.bootstrap_config(filled)["file_mounts"]
     assert filled["available_node_types"]["head"]["resources"]["CPU"] == 0
 
 

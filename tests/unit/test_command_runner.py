@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
+from ray.scripts import scripts
 
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.command_runner import SlurmCommandRunner
@@ -37,3 +38,10 @@ def test_what_is_shared_is_copied_here(runner, tmp_path):
     runner.run_rsync_up(str(tmp_path / "f"), f"{tmp_path}/up/")
     runner.run_rsync_down(f"{tmp_path}/up/", f"{tmp_path}/down/")
     assert (tmp_path / "down" / "f").read_text() == "x"
+
+
+def test_a_script_whose_home_is_not_shared_is_run_from_where_it_is_shared(runner):
+    with scripts.submit.make_context("submit", ["x.yaml", "s.py"]).scope():
+        submitting = SlurmCommandRunner(runner._cluster, "7-abc")
+    with pytest.raises(click.ClickException, match=r"`ray exec x.yaml 'python SHARED_PATH/s.py'`"):
+        submitting.run_rsync_up("s.py", "/dev/shm/s.py")
