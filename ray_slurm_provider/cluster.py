@@ -38,7 +38,7 @@ from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE, WorkerLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from ray_slurm_provider.backends.base import NodeBackend
@@ -129,17 +129,6 @@ class Cluster:
     def head(self) -> Node | None:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head and node.seen.alive), None)
-
-    def minimum_of(self, node_ids: Iterable[str]) -> set[str]:
-        """Return those of some workers that ``min_workers`` of their types keeps; those that run come first."""
-        left = self.directory.min_workers()
-        kept = set()
-        for node in sorted((self.last_seen(node_id) for node_id in node_ids), key=lambda node: node.seen.queued):
-            node_type = node.tags.get(TAG_TYPE, "")
-            if left.get(node_type, 0) > 0:
-                left[node_type] -= 1
-                kept.add(node.node_id)
-        return kept
 
     def log_of(self, node_id: str) -> Path:
         """Return where the job of a node writes."""

@@ -284,11 +284,6 @@ class ClusterDir:
         found = config.get("available_node_types", {}).get(config.get("head_node_type"), {}).get("node_config")
         return found if isinstance(found, dict) else None
 
-    def min_workers(self) -> dict[str, int]:
-        """Return how many workers of each type the autoscaler always keeps."""
-        types = self._autoscaler_config().get("available_node_types", {})
-        return {str(name): int(entry.get("min_workers", 0)) for name, entry in types.items()}
-
     def max_workers(self) -> int | None:
         """Return how many workers the autoscaler may have, None when nothing is known of it."""
         found = self._autoscaler_config().get("max_workers")

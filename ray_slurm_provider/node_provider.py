@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -166,24 +167,16 @@ class SlurmNodeProvider(NodeProvider):
 
         With ``--workers-only`` the autoscaler goes on, and replaces what it needs: those of the first answer count.
         """
+        if self._command.options.get("keep_min_workers"):
+            raise click.ClickException(
+                "--keep-min-workers has no effect in Ray: use `ray down --workers-only"
+                f" {shlex.quote(self._command.cluster_yaml)}`; the head asks for the min_workers of each type again"
+            )
         nodes = self.non_terminated_nodes(tag_filters)
         if self._cluster.directory.stopping:
             return nodes
-        nodes = self._without_minimum(nodes)
         first = self._torn_down.setdefault(json.dumps(tag_filters, sort_keys=True), set(nodes))
         return [node_id for node_id in nodes if node_id in first]
-
-    def _without_minimum(self, nodes: list[str]) -> list[str]:
-        """Leave out what ``--keep-min-workers`` keeps; Ray itself looks for it in a key that it has removed."""
-        if not self._command.options.get("keep_min_workers"):
-            return nodes
-        if not self._command.options.get("workers_only"):
-            if not self._torn_down:
-                cli_logger.warning("Workers end with their head: --keep-min-workers works with --workers-only only.")
-            return nodes
-        kept = self._cluster.minimum_of(nodes)
-        cli_logger.print("{} workers stay: the min_workers of their types.", len(kept))
-        return [node_id for node_id in nodes if node_id not in kept]
 
     @readable
     def cleanup_cluster_resources(self) -> None:

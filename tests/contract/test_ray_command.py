@@ -11,7 +11,7 @@ import pytest
 import ray
 import yaml
 from click.testing import CliRunner
-from ray.autoscaler._private import updater
+from ray.autoscaler._private import commands, updater
 from ray.scripts import scripts
 from support import cluster_config
 
@@ -19,6 +19,7 @@ from ray_slurm_provider import node_provider
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import SlurmSettings
+from ray_slurm_provider.nodes import TAG_KIND
 from ray_slurm_provider.ray_contract import RayCommand, ray_command
 
 COMMANDS = {
@@ -84,3 +85,14 @@ def test_the_autoscaler_runs_no_command(monkeypatch):
     assert ray_command().cluster_yaml == "CLUSTER.yaml"
     for monitor in ("_private/monitor.py", "v2/monitor.py"):
         assert "click" not in (Path(ray.__file__).parent / "autoscaler" / monitor).read_text()
+
+
+def test_keep_min_workers_is_refused_before_anything_is_cancelled(tmp_path):
+    with scripts.down.make_context("down", ["x.yaml", "-y", "--keep-min-workers"]).scope():
+        provider = node_provider.SlurmNodeProvider({"slurm": {"state_dir": str(tmp_path)}}, "c")
+    with pytest.raises(click.ClickException, match="use `ray down --workers-only x.yaml`") as refusal:
+        provider.nodes_for_teardown({TAG_KIND: "worker"})
+    assert refusal.value.exit_code == 1
+    # It is the first that `ray down` asks for, and Ray lets what it raises pass.
+    teardown = inspect.getsource(commands.teardown_cluster)
+    assert teardown.index("provider.nodes_for_teardown") < teardown.index("provider.terminate_nodes")

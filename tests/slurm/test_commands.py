@@ -407,13 +407,23 @@ def test_a_second_ray_up_finds_the_head_and_restart_only_restarts_ray(cluster):
 
 
 @pytest.mark.same_by_ssh
-def test_workers_go_and_the_minimum_stays_when_asked(cluster, tmp_path):
+def test_workers_go_and_the_head_asks_for_the_minimum_again(cluster, tmp_path):
     cluster.run_on_head(tasks_script(tmp_path, 1))
-    (kept,) = [job for job in cluster.workers() if job.name.endswith("-queued")]
-    done = cluster.ray("down", "-y", cluster.yaml, "--workers-only", "--keep-min-workers")
-    assert "1 workers stay" in done.stdout
-    assert [job.job_id for job in cluster.workers()] == [kept.job_id]
+    before = {job.job_id for job in cluster.workers()}
+    for words in (["--workers-only", "--keep-min-workers"], ["--keep-min-workers"]):
+        done = cluster.ray("down", "-y", cluster.yaml, *words, check=False)
+        assert done.returncode == 1
+        assert f"use `ray down --workers-only {cluster.yaml}`" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert {job.job_id for job in cluster.workers()} == before
+    cluster.ray("down", "-y", cluster.yaml, "--workers-only")
     assert cluster.head()["ray"] == "up"
+
+    def queued_again():
+        return [job for job in cluster.workers() if job.name.endswith("-queued") and job.job_id not in before]
+
+    wait_for(queued_again, 60, "the queued worker that min_workers asks for")
+    assert not before & {job.job_id for job in cluster.workers()}
 
 
 @pytest.mark.same_by_ssh
