@@ -181,7 +181,7 @@ _state_dir = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
     show_default="the site's, or ~/.ray-slurm",
-    help="Where to look for clusters of which nothing runs.",
+    help="Where to look for clusters that have no job.",
 )
 
 

@@ -259,6 +259,22 @@ class ClusterDir:
             logger.warning("%s cannot be read", self._login_head)
             return None
 
+    def last_login_head(self) -> str:
+        """Return the node id of the login node's head that wrote last; "" when another head did, or none.
+
+        Raises:
+            StateError: That cannot be read now.
+        """
+        report = self.head_report()
+        wrote = {path: path.stem for path in (self.root / "logs").glob("login-*.log")}
+        if report is not None:
+            wrote[self.reports.head] = report.node_id
+        try:
+            last = max(wrote, key=lambda path: path.stat().st_mtime_ns, default=None)
+        except OSError as error:
+            raise StateError(f"{self.root} cannot be read: {error.strerror or error}") from error
+        return "" if last is None else wrote[last]
+
     def save_login_head(self, head: LoginHead) -> None:
         """Keep which process the head on the login node is."""
         write_json(self._login_head, asdict(head))

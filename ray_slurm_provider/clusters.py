@@ -1,17 +1,15 @@
-"""All clusters of this user: those in SLURM, those on this host, and those whose directory is left."""
+"""All clusters of this user: those in SLURM, and those whose directory is left."""
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_slurm_provider import procfs
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
-from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, BirthCertificate, read_certificate
+from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
@@ -64,14 +62,13 @@ def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
 def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, str], FoundCluster]:
     """Return every cluster of this user, by name and fingerprint of its directory.
 
-    Directories of clusters of which nothing runs are looked for in ``state_dir``.
+    Directories of clusters that have no job are looked for in ``state_dir``.
 
     Raises:
         SlurmError: SLURM does not answer; nothing is known then.
     """
     found: dict[tuple[str, str], FoundCluster] = defaultdict(FoundCluster)
-    roots = {*_directories_of_processes(), *_directories_in(state_dir)}
-    directories = [ClusterDir(root.parent, root.name) for root in roots]
+    directories = [ClusterDir(root.parent, root.name) for root in _directories_in(state_dir)]
     births = [BirthRecords(directory.births) for directory in directories if directory.births.is_dir()]
     for directory in directories:
         found[directory.root.name, directory.fingerprint].directory = directory
@@ -89,16 +86,6 @@ def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, st
 def _directories_in(state_dir: Path) -> Iterator[Path]:
     if state_dir.is_dir():
         yield from (path for path in state_dir.iterdir() if (path / "logs").is_dir() and (path / "nodes").is_dir())
-
-
-def _directories_of_processes() -> Iterator[Path]:
-    """Directories of heads that run on this host outside SLURM."""
-    for process in procfs.processes():
-        variables = dict(
-            pair.split(b"=", 1) for pair in process.read("environ").split(b"\0") if pair.startswith(b"RAY_SLURM_")
-        )
-        if CERTIFICATE_VARIABLE.encode() in variables and b"RAY_SLURM_DIR" in variables:
-            yield Path(os.fsdecode(variables[b"RAY_SLURM_DIR"]))
 
 
 def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None:

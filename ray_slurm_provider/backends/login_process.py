@@ -2,9 +2,10 @@
 
 # Design:
 Whether it lives, the kernel of its host knows: process id, start time and boot id name it for good. The
-record in the cluster directory tells these to every `ray` command. When the record is lost, the process
-itself carries its birth certificate in its environment and is found by that. On another login node its
-life is read from what it says itself, and from its GCS port: open, or positively refused.
+record in the cluster directory tells these to every `ray` command. When the record is lost, the names of
+the head's files hold its host and process id, and that process carries its birth certificate in its
+environment. On another login node its life is read from what it says itself, and from its GCS port: open,
+or positively refused.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.cluster_dir import ClusterDir
-    from ray_slurm_provider.procfs import Process
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "login-"
+_NODE_ID = re.compile(rf"{PREFIX}(.+)-(\d+)-[a-z0-9]+")
 _CONNECT_S = 5.0
 # The agent ends Ray and cancels the cluster's jobs first.
 _END_S = 30.0
@@ -101,8 +102,7 @@ class LoginProcess:
             start_new_session=True,
         )
         self._children.append(child)
-        head = _record(certificate, child.pid, text)
-        self._remember(head)
+        head = self._last = self._record(certificate, child.pid, text)
         logger.info("started %s as process %d", head.node_id, child.pid)
         return [head.node_id]
 
@@ -136,19 +136,54 @@ class LoginProcess:
         return "it still runs" if alive else reason
 
     def _head(self) -> LoginHead | None:
-        """Return the record; the one of the last question, or what this host's processes say, when it is lost."""
-        head = self._directory.login_head()
-        if head is None and self._last is None and not self._searched:
+        """Return the record; the one of the last question, or what else tells, when it is lost."""
+        self._last = self._directory.login_head() or self._last
+        if self._last is None and not self._searched:
+            self._last = self._find_again()
             self._searched = True
-            head = self._search()
-            if head is not None and self._directory.exists:
-                self._remember(head)
-        self._last = head or self._last
         return self._last
 
-    def _remember(self, head: LoginHead) -> None:
+    def _find_again(self) -> LoginHead | None:
+        """Return the head whose record was lost, by the process that its node id names.
+
+        Raises:
+            StateError: It may run on another host.
+        """
+        node_id = self._directory.last_login_head()
+        match = _NODE_ID.fullmatch(node_id)
+        if match is None:
+            return None
+        host, pid = match[1], int(match[2])
+        if host != host_name():
+            if self._life_elsewhere(node_id, host)[0]:
+                raise StateError(f"the record of the head on {host} was lost; log in to {host} and try there")
+            return None
+        process = procfs.find(pid)
+        text = _carried_certificate(process.read("environ")) if process is not None else ""
+        certificate = read_certificate(text)
+        if certificate is None or (certificate.cluster, certificate.home, _node_id(certificate, pid)) != (
+            self._cluster,
+            self._directory.fingerprint,
+            node_id,
+        ):
+            return None
+        logger.warning("the record of the head was lost; found it as process %d", pid)
+        return self._record(certificate, pid, text)
+
+    def _record(self, certificate: BirthCertificate, pid: int, text: str) -> LoginHead:
+        """Write down which process on this host the head is."""
+        process = procfs.find(pid)
+        head = LoginHead(
+            node_id=_node_id(certificate, pid),
+            host=host_name(),
+            boot_id=procfs.boot_id(),
+            pid=pid,
+            start=process.start if process else "",
+            created=time.time(),
+            certificate=text,
+        )
         self._directory.save_login_head(head)
-        self._last = head
+        return head
 
     def _life(self, head: LoginHead) -> tuple[bool, str]:
         """Tell whether the head lives, and if not, why that is known."""
@@ -159,8 +194,11 @@ class LoginProcess:
             now = procfs.find(head.pid)
             alive = now is not None and now.start == head.start
             return alive, "" if alive else self._last_words(head) or f"process {head.pid} is gone"
+        return self._life_elsewhere(head.node_id, head.host)
+
+    def _life_elsewhere(self, node_id: str, host: str) -> tuple[bool, str]:
         report = self._directory.head_report()
-        if report is not None and report.node_id == head.node_id:
+        if report is not None and report.node_id == node_id:
             if report.phase == ENDED:
                 return False, report.reason
             port = report.ports.get("gcs")
@@ -168,32 +206,13 @@ class LoginProcess:
             if state != "unknown":
                 return state == "open", "" if state == "open" else "its port refuses connections"
         raise StateError(
-            f"the head runs on {head.host}, and from {host_name()} nobody can tell whether it lives\n"
-            f"  log in to {head.host} and try there"
+            f"the head runs on {host}, and from {host_name()} nobody can tell whether it lives\n"
+            f"  log in to {host} and try there"
         )
 
     def _last_words(self, head: LoginHead) -> str:
         report = self._directory.report(head.node_id)
         return report.reason if report is not None and report.phase == ENDED else ""
-
-    def _search(self) -> LoginHead | None:
-        """Look among this user's processes for one that carries a certificate of this cluster."""
-        carriers: dict[int, tuple[Process, BirthCertificate, str]] = {}
-        for process in procfs.processes():
-            match = re.search(rb"(?:^|\0)" + CERTIFICATE_VARIABLE.encode() + rb"=([^\0]+)", process.read("environ"))
-            text = match.group(1).decode(errors="replace") if match else ""
-            certificate = read_certificate(text)
-            if certificate is not None and (certificate.cluster, certificate.home) == (
-                self._cluster,
-                self._directory.fingerprint,
-            ):
-                carriers[process.pid] = process, certificate, text
-        for process, certificate, text in carriers.values():
-            # What the setup commands start carries it too.
-            if process.parent not in carriers:
-                logger.warning("the record of the head was lost; found it as process %d", process.pid)
-                return _record(certificate, process.pid, text)
-        return None
 
     def _reap(self) -> None:
         """Let a head that this process started and that has ended leave the process table."""
@@ -205,14 +224,10 @@ def host_name() -> str:
     return re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname().partition(".")[0]) or "host"
 
 
-def _record(certificate: BirthCertificate, pid: int, text: str) -> LoginHead:
-    process = procfs.find(pid)
-    return LoginHead(
-        node_id=certificate.node_id(f"{PREFIX}{host_name()}-{pid}"),
-        host=host_name(),
-        boot_id=procfs.boot_id(),
-        pid=pid,
-        start=process.start if process else "",
-        created=time.time(),
-        certificate=text,
-    )
+def _node_id(certificate: BirthCertificate, pid: int) -> str:
+    return certificate.node_id(f"{PREFIX}{host_name()}-{pid}")
+
+
+def _carried_certificate(environ: bytes) -> str:
+    match = re.search(rb"(?:^|\0)" + CERTIFICATE_VARIABLE.encode() + rb"=([^\0]+)", environ)
+    return match[1].decode(errors="replace") if match else ""

@@ -73,19 +73,41 @@ def test_it_carries_nothing_of_a_job(head):
     assert not [variable for variable in variables if variable.startswith(b"SLURM_JOB")]
 
 
-@pytest.mark.parametrize("damage", ["removed", "broken", "directory gone"])
-def test_a_lost_record_is_found_again_by_the_process(make, head, damage):
-    root = make().directory.root
-    if damage == "removed":
-        _record(make).unlink()
-    elif damage == "broken":
+@pytest.mark.parametrize("damage", ["removed", "broken", "with its log"])
+def test_a_head_whose_record_is_lost_is_found_again_and_no_second_one_started(make, head, damage):
+    if damage == "with its log":
+        write_report(make().directory.reports, NodeReport(head, "starting"), head=True)
+        make().log_of(head).unlink()
+    if damage == "broken":
         _record(make).write_text('{"pid": ')
     else:
-        root.rename(root.with_name("elsewhere"))
+        _record(make).unlink()
+    assert make().create_head("head", CONFIG, HEAD) == head
     node = make().nodes()[head]
     assert node.tags == HEAD
+    assert json.loads(_record(make).read_text())["pid"] == _pid(head)
     make().terminate([head])
     assert procfs.find(_pid(head)) is None
+
+
+def test_without_a_record_a_process_is_the_head_only_with_its_certificate(make, head):
+    _record(make).unlink()
+    root = make().directory.root
+    # One that has ended and whose number another process has got, and one that ended before it.
+    for age, stranger in enumerate((os.getpid(), 2**22 + 1)):
+        log = root / "logs" / f"login-{login_process.host_name()}-{stranger}-abcdef.log"
+        log.touch()
+        os.utime(log, (time.time() + 60 - age,) * 2)
+    assert make().nodes() == {}
+
+
+def test_a_head_in_a_job_that_came_after_it_is_not_taken_for_it(make, head):
+    _record(make).unlink()
+    directory = make().directory
+    write_report(directory.reports, NodeReport("7-abcdef", "ready"), head=True)
+    os.utime(directory.reports.head, (time.time() + 60,) * 2)
+    assert directory.last_login_head() == "7-abcdef"
+    assert make().nodes() == {}
 
 
 def test_the_head_that_died_is_gone_and_its_end_is_told(make, head):
@@ -128,6 +150,24 @@ class TestFromAnotherLoginNode:
     def test_unknown_is_an_error_that_names_the_host(self, elsewhere):
         with pytest.raises(StateError, match=f"log in to {socket.gethostname().partition('.')[0]}"):
             elsewhere().nodes()
+
+    def test_without_its_record_it_is_unknown_too_and_gone_only_by_its_own_word(self, elsewhere, head):
+        _record(elsewhere).unlink()
+        cluster = elsewhere()
+        for _ in range(2):
+            with pytest.raises(StateError, match=f"log in to {socket.gethostname().partition('.')[0]}"):
+                cluster.nodes()
+        with pytest.raises(StateError):
+            elsewhere().create_head("head", CONFIG, HEAD)
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            report = NodeReport(head, "ready", address="127.0.0.1", ports={"gcs": server.getsockname()[1]})
+            write_report(cluster.directory.reports, report, head=True)
+            with pytest.raises(StateError, match="the record of the head on .* was lost"):
+                elsewhere().nodes()
+        write_report(cluster.directory.reports, NodeReport(head, "ended", reason="done"), head=True)
+        assert elsewhere().nodes() == {}
 
     def test_an_open_port_is_life_and_a_refused_one_death(self, elsewhere, head):
         paths = elsewhere().directory.reports
