@@ -158,14 +158,10 @@ class LoginProcess:
             if self._life_elsewhere(node_id, host)[0]:
                 raise StateError(f"the record of the head on {host} was lost; log in to {host} and try there")
             return None
-        process = procfs.find(pid)
-        text = _carried_certificate(process.read("environ")) if process is not None else ""
+        text = _carried_certificate(pid)
         certificate = read_certificate(text)
-        if certificate is None or (certificate.cluster, certificate.home, _node_id(certificate, pid)) != (
-            self._cluster,
-            self._directory.fingerprint,
-            node_id,
-        ):
+        this = self._cluster, self._directory.fingerprint, node_id
+        if certificate is None or (certificate.cluster, certificate.home, _node_id(certificate, pid)) != this:
             return None
         logger.warning("the record of the head was lost; found it as process %d", pid)
         return self._record(certificate, pid, text)
@@ -228,6 +224,9 @@ def _node_id(certificate: BirthCertificate, pid: int) -> str:
     return certificate.node_id(f"{PREFIX}{host_name()}-{pid}")
 
 
-def _carried_certificate(environ: bytes) -> str:
-    match = re.search(rb"(?:^|\0)" + CERTIFICATE_VARIABLE.encode() + rb"=([^\0]+)", environ)
-    return match[1].decode(errors="replace") if match else ""
+def _carried_certificate(pid: int) -> str:
+    """Return the certificate in the environment of a process, "" when there is none."""
+    process = procfs.find(pid)
+    variables = process.read("environ").decode(errors="replace").split("\0") if process is not None else []
+    found = (text for text in variables if text.startswith(f"{CERTIFICATE_VARIABLE}="))
+    return next(found, "").partition("=")[2]
