@@ -6,6 +6,7 @@ connects needs one too. `cryptography` is loaded when it is used: nodes without 
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.files import random_name, remove_tree, write_atomically
+from ray_slurm_provider.files import random_name, write_atomically
 
 
 def make_authority(directory: Path, cluster: str) -> None:
@@ -37,7 +38,7 @@ def make_authority(directory: Path, cluster: str) -> None:
         if not (directory / "ca.crt").exists():
             raise StateError(f"the cluster's authority cannot be made in {directory}: {error.strerror}") from error
     finally:
-        remove_tree(work)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) -> None:

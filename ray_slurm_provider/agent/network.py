@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import logging
 import socket
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SIOCGIFADDR = 0x8915  # netdevice(7)
+_SIOCGIFADDR, _IFREQ_BYTES = 0x8915, 40  # netdevice(7)
 # From the blocks for documentation (RFC 5737, RFC 3849): asking for a route to them sends nothing.
 _SOMEWHERE = ("192.0.2.1", "2001:db8::1")
 _DISCARD_PORT = 9
-_IPV4_BYTES = 4
 _RECEIVE_BYTES = 4096
 # A host that is lost is noticed after 20 s.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2))
-_IPV6_LOOPBACK = bytes(15) + b"\1"
 _ENOUGH_NODES = 8
 
 
@@ -45,7 +43,7 @@ def choose_address(interface: str, slurm_node: str, node_address: Callable[[str]
     if interface:
         return address_of_interface(interface)
     configured = node_address(slurm_node) if slurm_node else ""
-    if _is_literal(configured) and is_local(configured):
+    if _parsed(configured) is not None and is_local(configured):
         return configured
     return _first_usable(_resolve(configured))
 
@@ -66,7 +64,7 @@ def choose_login_address(interface: str, node_addresses: Callable[[], Iterable[s
     if interface:
         return address_of_interface(interface)
     nodes = list(dict.fromkeys(node_addresses()))
-    if nodes and all(_is_literal(address) and is_loopback(address) for address in nodes):
+    if nodes and all(map(is_loopback, nodes)):
         return "127.0.0.1"
     found = [own for node in nodes[:_ENOUGH_NODES] for address in _resolve(node) for own in _towards(address)]
     # The address of most; a node whose name resolves to something odd is outvoted.
@@ -76,7 +74,8 @@ def choose_login_address(interface: str, node_addresses: Callable[[], Iterable[s
 def _first_usable(candidates: Iterable[str]) -> str:
     """Return the first of the candidates, the host name's addresses and the default route's that others can reach."""
     for address in (*candidates, *_resolve(socket.gethostname()), *_towards_default_route()):
-        if not is_loopback(address) and not _is_link_local(address) and is_local(address):
+        own = ipaddress.ip_address(address)
+        if not own.is_loopback and not own.is_link_local and is_local(address):
             return address
     logger.warning("this host has only loopback addresses; Ray nodes on other hosts cannot reach it")
     return "127.0.0.1"
@@ -101,9 +100,9 @@ def address_of_interface(wanted: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether only this host can use the address."""
-    packed = _packed(address)
-    return packed[:1] == b"\x7f" if len(packed) == _IPV4_BYTES else packed == _IPV6_LOOPBACK
+    """Tell whether this is an address that only this host can use; a name is none."""
+    parsed = _parsed(address)
+    return parsed is not None and parsed.is_loopback
 
 
 def is_local(address: str) -> bool:
@@ -191,24 +190,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _is_link_local(address: str) -> bool:
-    packed = _packed(address)
-    if len(packed) == _IPV4_BYTES:
-        return packed[:2] == b"\xa9\xfe"
-    return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-
-
-def _is_literal(address: str) -> bool:
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        _packed(address)
-    except OSError:
-        return False
-    return True
-
-
-def _packed(address: str) -> bytes:
-    """Return the bytes of an address; the module ``ipaddress`` would cost each node memory."""
-    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        return ipaddress.ip_address(address)
+    except ValueError:
+        return None
 
 
 def _resolve(name: str) -> list[str]:
@@ -239,7 +225,7 @@ def _towards_default_route() -> list[str]:
 def _ipv4_address(interface: str) -> list[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            packed = fcntl.ioctl(probe, _SIOCGIFADDR, interface.encode().ljust(_IFREQ_BYTES, b"\0"))
         except OSError:
             return []
     return [socket.inet_ntoa(packed[20:24])]

@@ -12,13 +12,14 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import socket
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.files import random_name, read_json_object, remove_tree, write_json
+from ray_slurm_provider.files import random_name, read_json_object, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +79,7 @@ def leave_temp_dir(path: Path, node_id: str) -> None:
     """Stop using a directory, and remove it when no other node on this host uses it."""
     (path.parent / _NOTES / f"{node_id}.json").unlink(missing_ok=True)
     if not any(map(_lives, _notes(path.parent))):
-        remove_tree(path.parent)
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def sweep_temp_dirs(base: str) -> list[Path]:
@@ -149,7 +150,7 @@ def _notes(path: Path) -> list[dict[str, Any]]:
 
 def _removed(paths: list[Path]) -> list[Path]:
     for path in paths:
-        remove_tree(path)
+        shutil.rmtree(path, ignore_errors=True)
     return paths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -134,11 +135,9 @@ class SlurmTools(NamedTuple):
         Raises:
             SlurmNotFound: It is not there.
         """
-        # Not by shutil: it loads compressors, which a node's agent would carry all its life.
-        for directory in [self.bin_dir] if self.bin_dir else os.get_exec_path(self.environ):
-            path = f"{directory or '.'}/{tool}"
-            if os.access(path, os.X_OK) and Path(path).is_file():
-                return path
+        found = shutil.which(tool, path=self.bin_dir or os.pathsep.join(os.get_exec_path(self.environ)))
+        if found is not None:
+            return found
         where = f"in {self.bin_dir}" if self.bin_dir else "on PATH"
         advice = f"Debian and Ubuntu have it in the package {_CLIENT_PACKAGES}; elsewhere set slurm_bin."
         raise SlurmNotFound([tool], None, "", f"{tool} is not {where}", advice)

@@ -232,6 +232,19 @@ def test_a_login_node_is_on_loopback_only_when_every_compute_node_is():
     assert not network.is_loopback(other) or not network._towards_default_route()
 
 
+def test_only_addresses_are_loopback_addresses():
+    assert all(map(network.is_loopback, ["127.0.0.1", "127.0.1.1", "::1"]))
+    assert not any(map(network.is_loopback, ["128.0.0.1", "::2", "fe80::1", "localhost", ""]))
+
+
+def test_an_interface_has_the_address_that_the_kernel_says():
+    assert network.address_of_interface("lo") == "127.0.0.1"
+    assert network.address_of_interface("no-such, lo") == "127.0.0.1"
+    with pytest.raises(ValueError, match="there are .*lo"):
+        network.address_of_interface("no-such")
+    assert "127.0.0.1" in network.own_addresses()
+
+
 def test_link_local_addresses_are_passed_over(monkeypatch):
     monkeypatch.setattr(network, "_resolve", lambda name: ["fe80::1", "fd00::5"])
     monkeypatch.setattr(network, "is_local", lambda address: True)
