@@ -8,7 +8,7 @@
 #   --modules DIR     directory for the environment module                          [PREFIX/modulefiles]
 #
 # Running it again brings the installation up to date. Users need no right to write there, and it writes nowhere else.
-# The site's own rules go to PREFIX/etc/ray-slurm/site.yaml or /etc/ray-slurm/site.yaml: ray-slurm deploy --site.
+# The site file goes to PREFIX/etc/ray-slurm/site.yaml or /etc/ray-slurm/site.yaml: ray-slurm deploy --site.
 set -euo pipefail
 
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0"; }

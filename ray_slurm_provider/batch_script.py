@@ -44,7 +44,7 @@ class JobSpec:
         options: The sbatch options of the YAML.
         skip: Names of options to leave out.
         avoid: SLURM nodes on which it shall not start, besides those of the options.
-        extra: Further directives, each with its value or True.
+        extra: Further directives as they stand behind ``#SBATCH``.
         steps: What to run first: where it stands in the YAML, and the command.
         env: Environment variables.
         python: Interpreter for the agent; "" to take the one that the steps leave on PATH.
@@ -64,7 +64,7 @@ class JobSpec:
     count: int = 1
     skip: Sequence[str] = ()
     avoid: Sequence[str] = ()
-    extra: Sequence[tuple[str, bool | str]] = ()
+    extra: Sequence[str] = ()
     steps: Sequence[tuple[str, str]] = ()
     env: Mapping[str, str | int | float] = field(default_factory=dict)
     python: str = ""
@@ -82,7 +82,7 @@ def render(spec: JobSpec) -> str:
         ConfigError: A value cannot stand in a directive.
     """
     directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
-    directives += [_directive(name, value) for name, value in spec.extra]
+    directives += [f"#SBATCH {directive.strip()}" for directive in spec.extra]
     # Whether Ray's nodes are elements of an array is nobody's business in their tasks.
     alone = [] if spec.count == 1 else ['unset "${!SLURM_ARRAY_@}"']
     return "\n".join(["#!/bin/bash", *directives, "", *_identity(spec, _JOB_NUMBER), *alone, *_body(spec)])

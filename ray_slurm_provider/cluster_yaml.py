@@ -55,6 +55,4 @@ def settings_of(config: dict[str, Any]) -> SlurmSettings:
     site = read_site()
     if site is None or not (section is None or isinstance(section, dict)):
         return read_settings(section)
-    settings = read_settings(site.complete_settings(section or {}))
-    site.check_state_dir(settings)
-    return settings
+    return read_settings(site.complete_settings(section or {}))

@@ -23,12 +23,13 @@ from ray_slurm_provider.sbatch_options import (
     PROTECTED_OPTIONS,
     SKIPPABLE_OPTIONS,
     SbatchOptions,
-    split_directive,
+    check_directive,
+    option_name,
 )
-from ray_slurm_provider.site_rules import Requested, SiteRules
+from ray_slurm_provider.site_rules import SiteRules
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -214,32 +215,17 @@ def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
 _ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
 
 
+def with_alternatives(names: Iterable[str]) -> set[str]:
+    """Return sbatch options and those that say the same in another way."""
+    found = set(names)
+    return found.union(*(group for group in _ALTERNATIVES if found & set(group)))
+
+
 def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return sbatch options with defaults for what they do not say, in this way or in another."""
     options = {name: value for name, value in options.items() if value is not None}
-    said = {name for group in _ALTERNATIVES if set(group) & set(options) for name in group}
+    said = with_alternatives(options)
     return {**{name: value for name, value in defaults.items() if name not in said}, **options}
-
-
-def requested_options(settings: SlurmSettings, config: NodeConfig, path: str) -> list[Requested]:
-    """Return all sbatch options that a node type asks for, as sbatch would see them.
-
-    Args:
-        settings: ``provider.slurm``.
-        config: The ``node_config``.
-        path: Its YAML path.
-    """
-    skipped = {name.replace("-", "_") for name in (*settings.sbatch_skip, *config.sbatch_skip)}
-    result = [
-        Requested(f"{path}.sbatch.{name}", name, value)
-        for name, value in config.sbatch.chosen().items()
-        if name not in skipped
-    ]
-    for where, extra in (("provider.slurm", settings.sbatch_extra), (path, config.sbatch_extra)):
-        for directive in extra:
-            name, value = split_directive(directive)
-            result.append(Requested(f"{where}.sbatch_extra", name.replace("-", "_"), value))
-    return result
 
 
 def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:
@@ -251,12 +237,12 @@ def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:
             raise ConfigError(f"{path}.sbatch_skip", problem, f"{', '.join(sorted(SKIPPABLE_OPTIONS))}, mem, ...")
     for directive in section.sbatch_extra:
         try:
-            name, _ = split_directive(directive)
+            check_directive(directive)
         except ValueError as error:
             raise ConfigError(
                 f"{path}.sbatch_extra", f"{directive!r} {error}", "one option in each line of the list"
             ) from None
-        _refuse_protected(name, f"{path}.sbatch_extra")
+        _refuse_protected(directive, f"{path}.sbatch_extra")
 
 
 def _check_ports(ports: Ports) -> None:
@@ -326,7 +312,7 @@ def _refuse_protected_options(section: Any, path: str) -> None:
 
 
 def _refuse_protected(key: str, path: str) -> None:
-    reason = PROTECTED_OPTIONS.get(key.lstrip("-").replace("-", "_"))
+    reason = PROTECTED_OPTIONS.get(option_name(key))
     if reason is not None:
         raise ConfigError(path, f"the provider sets this option itself: {reason}", "any other option of sbatch")
 

@@ -47,32 +47,27 @@ PROTECTED_OPTIONS = {
 # them: by these a job is found again, and told about.
 SKIPPABLE_OPTIONS = frozenset({"job_name", "no_requeue", "nodes", "ntasks", "open_mode", "signal"})
 
+# In quotes or not, in the part of sbatch's syntax in which a backslash cannot change what belongs together.
+_DIRECTIVE = re.compile(r"--[a-z][a-z0-9-]*(=('[^'\\]*'|\"[^\"\\]*\"|[^\s'\"\\#]*))?")
 
-def split_directive(text: str) -> tuple[str, str | bool]:
-    """Return name and value of a directive as it stands behind ``#SBATCH``; True for an option without a value.
 
-    sbatch takes several options on one line, and abbreviations; here neither, so that what is checked is what sbatch
-    sees.
+def option_name(text: str) -> str:
+    """Return the name of an option, as a field has it, from that of sbatch or a directive."""
+    return text.strip().lstrip("-").partition("=")[0].replace("-", "_")
+
+
+def check_directive(text: str) -> None:
+    """Refuse a directive that is not one option by its long name: sbatch takes several on a line, and abbreviations.
 
     Raises:
-        ValueError: It is not one option by its long name.
+        ValueError: It is another form.
     """
-    match = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=(.*))?", text.strip())
-    if match is None:
-        raise ValueError("must be --name or --name=value")
-    name, value = match.groups()
-    known = {option.replace("_", "-") for option in (*SbatchOptions.model_fields, *PROTECTED_OPTIONS)}
-    full = sorted(option for option in known if option.startswith(name))
+    if _DIRECTIVE.fullmatch(text.strip()) is None:
+        raise ValueError("must be one option, --name or --name=value; a value with blanks stands in quotes")
+    name, known = option_name(text), {*SbatchOptions.model_fields, *PROTECTED_OPTIONS}
+    full = sorted(option.replace("_", "-") for option in known if option.startswith(name))
     if name not in known and full:
         raise ValueError(f"must be written in full: --{' or --'.join(full)}")
-    if value is None:
-        return name, True
-    quoted = re.fullmatch(r"'([^']*)'|\"([^\"\\]*)\"", value)
-    if quoted is not None:
-        return name, quoted.group(1) if quoted.group(1) is not None else quoted.group(2)
-    if re.search(r"[\s'\"\\#]", value):
-        raise ValueError("must be one option; a value with blanks stands in quotes")
-    return name, value
 
 
 class SbatchOptions(Section):

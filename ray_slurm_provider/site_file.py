@@ -1,18 +1,17 @@
 """The site file: what an admin decides once for the cluster YAMLs of all users.
 
-``defaults`` is what a YAML need not say, ``locked`` what it cannot say otherwise, ``limits`` how far it may go. The
-file is read anew by every command, and by the head before it submits, where it is there.
+``defaults`` is what a YAML need not say, ``locked`` what it cannot say otherwise, ``limits`` what SLURM cannot limit
+itself. Every command reads the file, and so does the head before it submits, where it is there.
 """
 
 from __future__ import annotations
 
-import copy
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -20,31 +19,35 @@ from pydantic import Field
 from ray_slurm_provider.config import (
     NodeConfig,
     SlurmSettings,
-    expanded,
     read_node_config,
     read_section,
     read_settings,
-    requested_options,
+    with_alternatives,
     with_defaults,
 )
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.fields import Line, Section
-from ray_slurm_provider.sbatch_options import SKIPPABLE_OPTIONS, SbatchOptions
+from ray_slurm_provider.sbatch_options import SbatchOptions, option_name
 from ray_slurm_provider.site_rules import SiteLimits, SiteRules
-from ray_slurm_provider.slurm.parse import parse_time_s
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 SITE_VARIABLE = "RAY_SLURM_SITE"
 _OF_THE_HOST = Path("/etc/ray-slurm/site.yaml")
 _BELOW_PREFIX = "etc/ray-slurm/site.yaml"
-# Where the tools are and which SLURM they speak to would undo every other rule.
+# Another SLURM would know nothing of this site's nodes and jobs.
 _ALWAYS_LOCKED = ("slurm_bin", "clusters")
 # A YAML adds to these lists; what the site put there stays.
 _JOINED = ("prologue", "epilogue", "sbatch_skip", "sbatch_extra", "ssh_args")
 # What Ray puts in place of node types that a YAML does not have (ray/autoscaler/_private/providers.py).
 _RAY_TYPES = frozenset({"ray.head.default", "ray.worker.default"})
+# Limits that site files had, and what does their work.
+_FORMER_LIMITS = {
+    "partitions": "SLURM does this itself, with AllowAccounts, AllowGroups or AllowQos of the partition",
+    "max_time": "SLURM does this itself, with MaxTime of the partition or MaxWall of a QOS",
+    "required_options": "SLURM does this itself, with a job_submit plugin",
+    "forbidden_options": "SLURM does this itself, with a job_submit plugin",
+    "allowed_values": "SLURM does this itself, with AllowAccounts and AllowQos or a job_submit plugin",
+    "state_dir": "locked.slurm.state_dir does this, also with $USER in the path",
+}
 
 
 class SiteDefaults(Section):
@@ -82,7 +85,7 @@ class SiteFile(Section):
     locked: SiteLocks = SiteLocks()
     """What it cannot say otherwise."""
     limits: SiteLimits = SiteLimits()
-    """How far it may go."""
+    """How far it may go in what SLURM does not limit itself."""
     source: Annotated[str, Field(json_schema_extra={"internal": True})] = ""
     """Where it was read; filled in by the provider."""
 
@@ -103,35 +106,19 @@ class SiteFile(Section):
         Raises:
             SiteRuleError: It contradicts a lock.
         """
-        defaults, locked = self.defaults.slurm, self.locked.slurm
+        defaults = self.defaults.slurm
+        locked = {**{name: defaults.get(name) for name in _ALWAYS_LOCKED}, **self.locked.slurm}
         self._refuse_locked(section, locked, "provider.slurm", "locked.slurm")
-        for name in _ALWAYS_LOCKED:
-            fixed = locked.get(name, defaults.get(name))
-            if section.get(name, fixed) != fixed:
-                raise self.rules.refusal(
-                    f"provider.slurm.{name}", f"{section[name]!r} is not allowed here", f"locked.slurm.{name}"
-                )
-        result = {**defaults, **section, **locked}
-        # What is of another type than it should be is left for the models to refuse.
-        for name in _JOINED:
-            parts = [source[name] for source in (defaults, locked, section) if name in source]
-            wrong = [part for part in parts if not isinstance(part, list)]
-            if parts:
-                result[name] = wrong[0] if wrong else [line for part in parts for line in part]
-        if isinstance(result.get("ports"), dict) and isinstance(section.get("ports", {}), dict):
-            ports = (source.get("ports", {}) for source in (defaults, section, locked))
-            result["ports"] = {key: value for part in ports for key, value in part.items()}
-        elif "ports" in section:
-            result["ports"] = section["ports"]
-        most = self.limits.max_queued_jobs
-        if most is not None and self._more(section.get("max_queued_jobs"), most):
+        result = _joined(defaults, locked, section)
+        most, asked = self.limits.max_queued_jobs, section.get("max_queued_jobs")
+        if most is not None and isinstance(asked, int) and asked > most:
             raise self.rules.refusal(
                 "provider.slurm.max_queued_jobs",
-                f"{section['max_queued_jobs']} is not allowed here",
+                f"{asked} is not allowed here",
                 "limits.max_queued_jobs",
                 f"at most {most}",
             )
-        if most is not None and result.get("max_queued_jobs") is None:
+        if result.get("max_queued_jobs") is None:
             result["max_queued_jobs"] = most
         result["site"] = self.rules.model_dump(exclude_none=True)
         return result
@@ -146,102 +133,81 @@ class SiteFile(Section):
         Raises:
             SiteRuleError: They contradict a lock.
         """
-        self._complete_types(config, everywhere)
         types = config.get("available_node_types")
-        for name, entry in types.items() if isinstance(types, dict) else ():
-            node_config = entry.get("node_config") if isinstance(entry, dict) else None
-            if isinstance(entry, dict) and node_config is None:
-                node_config = entry["node_config"] = {}
-            if not isinstance(node_config, dict) or node_config.get("placement") == "login_node":
-                continue
-            options = node_config.get("sbatch")
-            if options is None or isinstance(options, dict):
-                path = f"available_node_types.{name}.node_config.sbatch"
-                node_config["sbatch"] = self.complete_options(options or {}, path)
+        if self.defaults.available_node_types and (types is None or isinstance(types, dict)):
+            types = self._chosen_types(config, {} if types is None or set(types) == _RAY_TYPES else types)
+        if isinstance(types, dict):
+            most = config.get("max_workers", 0)
+            config["available_node_types"] = {
+                name: self._complete_type(name, entry, most, everywhere) for name, entry in types.items()
+            }
 
-    def check_state_dir(self, settings: SlurmSettings) -> None:
-        """Refuse a state_dir that the site does not allow, also by a way round.
-
-        Raises:
-            SiteRuleError: It matches none of the patterns.
-        """
-        patterns = self.limits.state_dir
-        if not patterns:
-            return
-        wanted = str(settings.directory())
-        real = os.path.realpath(wanted)
-        for pattern in map(expanded, patterns):
-            if fnmatchcase(wanted, pattern) and any(fnmatchcase(real, p) for p in (pattern, _real_pattern(pattern))):
-                return
-        raise self.rules.refusal(
-            "provider.slurm.state_dir", f"{wanted} is not allowed here", "limits.state_dir", ", ".join(patterns)
-        )
-
-    @staticmethod
-    def _more(value: Any, most: int) -> bool:
-        return isinstance(value, int) and value > most
-
-    def _complete_types(self, config: dict[str, Any], everywhere: Mapping[str, Any]) -> None:
-        ours = self.defaults.available_node_types
-        types = config.get("available_node_types")
-        if not ours or not (isinstance(types, dict) or types is None):
-            return
-        written = {} if types is None or set(types) == _RAY_TYPES else types
-        if config.get("head_node_type") is None or config["head_node_type"] in [
-            t for t in _RAY_TYPES if t not in written
-        ]:
-            config["head_node_type"] = self.defaults.head_node_type
-        head = config["head_node_type"] if isinstance(config["head_node_type"], str) else ""
-        chosen = list(written) or list(ours)
-        if head not in chosen and head in ours:
-            chosen.insert(0, head)
-        most = config.get("max_workers", 0)
-        config["available_node_types"] = {
-            name: self._joined_type(name, written.get(name), most, everywhere) for name in chosen
-        }
-        if head in chosen and head not in written:
-            config["available_node_types"][head]["max_workers"] = 0
-
-    def _joined_type(self, name: str, written: Any, most: Any, everywhere: Mapping[str, Any]) -> Any:
-        ours = copy.deepcopy(self.defaults.available_node_types.get(name))
-        if ours is None or not (isinstance(written, dict) or written is None):
-            return written
-        limit = ours.get("max_workers", most)
-        result = {"min_workers": 0, **ours, **(written or {})}
-        asked = result.get("max_workers", limit)
-        # Ray has filled in max_workers of all types together where the YAML says nothing.
-        if isinstance(asked, int) and isinstance(limit, int) and asked > limit:
-            if asked != most:
-                path = f"available_node_types.{name}.max_workers"
-                rule = f"defaults.available_node_types.{name}"
-                raise self.rules.refusal(path, f"{asked} is not allowed here", rule, f"at most {limit}")
-            asked = limit
-        result["max_workers"] = asked
-        inner, given = ours.get("node_config") or {}, (written or {}).get("node_config") or {}
-        if isinstance(inner, dict) and isinstance(given, dict):
-            if given.get("placement") == "login_node":
-                inner.pop("sbatch", None)  # it is no job any more
-            result["node_config"] = {**inner, **given}
-            options, own = inner.get("sbatch"), given.get("sbatch") or {}
-            own = with_defaults(own, everywhere) if isinstance(own, dict) else own
-            if isinstance(options, dict) and isinstance(own, dict):
-                result["node_config"]["sbatch"] = with_defaults(own, options)
-        return result
-
-    def complete_options(self, options: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def complete_options(
+        self, options: Mapping[str, Any], path: str, of_type: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Return the sbatch options of a node type with what the site says.
+
+        Args:
+            options: What a cluster YAML says.
+            path: Where.
+            of_type: What the site says of this node type.
 
         Raises:
             SiteRuleError: They contradict a lock.
         """
         locked = self.locked.sbatch.chosen()
         self._refuse_locked(options, locked, path, "locked.sbatch")
-        result = {**with_defaults(options, self.defaults.sbatch.chosen()), **locked}
-        if self.limits.partitions:
-            result.setdefault("partition", self.limits.partitions[0])
-        if self.limits.max_time is not None:
-            result.setdefault("time", self.limits.max_time)
+        for defaults in (of_type or {}, self.defaults.sbatch.chosen()):
+            options = with_defaults(options, defaults)
+        return with_defaults(locked, options)
+
+    def _chosen_types(self, config: dict[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the node types of a cluster, each as its YAML has it, and fill in which one is the head's."""
+        ours = self.defaults.available_node_types
+        if config.get("head_node_type") in [None, *_RAY_TYPES - set(written)]:
+            config["head_node_type"] = self.defaults.head_node_type
+        head = config["head_node_type"]
+        chosen = dict(written) or {name: {} for name in ours}
+        if isinstance(head, str) and head in ours and head not in written:
+            return {head: {}} | chosen | {head: {"max_workers": 0}}
+        return chosen
+
+    def _complete_type(self, name: str, entry: Any, most: Any, everywhere: Mapping[str, Any]) -> Any:
+        """Return a node type with what the site says; a mistake in it as it is, for the models to refuse."""
+        ours = self.defaults.available_node_types.get(name)
+        if not isinstance(entry, dict):
+            return entry
+        result = dict(entry)
+        if ours is not None:
+            result = {"min_workers": 0, **ours, **entry}
+            result["max_workers"] = self._workers_of(name, result, ours.get("max_workers", most), most)
+        site, own = (ours or {}).get("node_config") or {}, entry.get("node_config")
+        if own is None or isinstance(own, dict):
+            result["node_config"] = self._complete_node_config(name, own or {}, site, everywhere)
         return result
+
+    def _complete_node_config(
+        self, name: str, own: Mapping[str, Any], site: Mapping[str, Any], everywhere: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        result = {**site, **own}
+        options = own.get("sbatch")
+        if options is None:
+            options = {}
+        if isinstance(options, dict) and result.get("placement") != "login_node":  # there it is no job
+            path = f"available_node_types.{name}.node_config.sbatch"
+            options = self.complete_options(with_defaults(options, everywhere), path, site.get("sbatch"))
+        return {**result, "sbatch": options}
+
+    def _workers_of(self, name: str, entry: Mapping[str, Any], limit: Any, most: Any) -> Any:
+        """Return how many workers of a type of the site there may be: no more than the site says."""
+        asked = entry.get("max_workers", limit)
+        if not (isinstance(asked, int) and isinstance(limit, int) and asked > limit):
+            return asked
+        # Ray has filled in max_workers of all types together where the YAML says nothing.
+        if asked == most:
+            return limit
+        path, rule = f"available_node_types.{name}.max_workers", f"defaults.available_node_types.{name}"
+        raise self.rules.refusal(path, f"{asked} is not allowed here", rule, f"at most {limit}")
 
     def _refuse_locked(self, section: Mapping[str, Any], locked: Mapping[str, Any], path: str, rule: str) -> None:
         for name, fixed in locked.items():
@@ -250,9 +216,24 @@ class SiteFile(Section):
             if isinstance(fixed, dict) and isinstance(section[name], dict):
                 self._refuse_locked(section[name], fixed, f"{path}.{name}", f"{rule}.{name}")
             elif section[name] != fixed:
+                allowed = "" if fixed is None else repr(fixed)
                 raise self.rules.refusal(
-                    f"{path}.{name}", f"{section[name]!r} is not allowed here", f"{rule}.{name}", repr(fixed)
+                    f"{path}.{name}", f"{section[name]!r} is not allowed here", f"{rule}.{name}", allowed
                 )
+
+
+def _joined(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return mappings as one: later ones add to lists and to mappings inside, and win elsewhere."""
+    result: dict[str, Any] = {}
+    for name, value in ((name, value) for source in sources for name, value in source.items()):
+        before = result.get(name)
+        if name in _JOINED and isinstance(before, list) and isinstance(value, list):
+            result[name] = [*before, *value]
+        elif isinstance(before, dict) and isinstance(value, dict):
+            result[name] = {**before, **value}
+        else:
+            result[name] = value
+    return result
 
 
 def find_site_file() -> Path | None:
@@ -328,6 +309,7 @@ def parse_site(text: str, path: Path) -> SiteFile:
     except yaml.YAMLError as error:
         raise ConfigError(str(path), f"is not YAML: {error}") from None
     try:
+        _refuse_former_limits(value)
         site = read_section(SiteFile, value, "site file")
         _check(site)
     except ConfigError as error:
@@ -348,15 +330,13 @@ def _check(site: SiteFile) -> None:
         read_node_config(entry.get("node_config"), f"defaults.available_node_types.{name}.node_config")
     if types and head not in types:
         raise ConfigError("defaults.head_node_type", f"{head!r} is no node type", ", ".join(types))
-    if isinstance(site.limits.max_time, str) and parse_time_s(site.limits.max_time) is None:
-        raise ConfigError("limits.max_time", "is no limit", "a time, in quotes")
-    known = {*SbatchOptions.model_fields, *SKIPPABLE_OPTIONS}
-    for name in ("required_options", "forbidden_options", "allowed_values"):
-        for option in getattr(site.limits, name):
-            if option.removeprefix("--").replace("-", "_") not in known:
-                raise ConfigError(
-                    f"limits.{name}", f"{option!r} is no option of a node type", "names of sbatch options"
-                )
+
+
+def _refuse_former_limits(value: Any) -> None:
+    limits = value.get("limits") if isinstance(value, dict) else None
+    for name, way in _FORMER_LIMITS.items():
+        if isinstance(limits, dict) and name in limits:
+            raise ConfigError(f"limits.{name}", f"{way}; docs/site.md shows how")
 
 
 def rules_in_force(settings: SlurmSettings) -> SiteRules | None:
@@ -384,7 +364,16 @@ def check_node_config(rules: SiteRules, settings: SlurmSettings, config: NodeCon
         if not rules.limits.login_node_head:
             raise rules.refusal(f"{path}.placement", "login_node is not allowed here", "limits.login_node_head")
         return
-    rules.check_options(requested_options(settings, config, path), path)
+    for name, fixed in rules.locked_sbatch.chosen().items():
+        value, rule = getattr(config.sbatch, name), f"locked.sbatch.{name}"
+        if value != fixed:
+            problem = "is missing" if value is None else f"{value!r} is not allowed here"
+            raise rules.refusal(f"{path}.sbatch.{name}", problem, rule, repr(fixed))
+        # Of two directives of one name sbatch takes the last.
+        for key, names in (("sbatch_skip", {name}), ("sbatch_extra", with_alternatives([name]))):
+            for where, section in (("provider.slurm", settings), (path, config)):
+                if names & set(map(option_name, getattr(section, key))):
+                    raise rules.refusal(f"{where}.{key}", f"{name} is not allowed here", rule, repr(fixed))
 
 
 def _of_the_installation() -> Path | None:
@@ -393,9 +382,3 @@ def _of_the_installation() -> Path | None:
     if here.parents[1].name not in {"site-packages", "dist-packages"}:
         return None
     return here.parents[4] / _BELOW_PREFIX
-
-
-def _real_pattern(pattern: str) -> str:
-    """Return a pattern with the links in its fixed part resolved: the site's own links are no way round."""
-    fixed = Path(*[part for part in Path(pattern).parts if not set(part) & set("*?[")])
-    return os.path.realpath(fixed) + pattern.removeprefix(str(fixed))

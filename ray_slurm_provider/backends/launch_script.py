@@ -11,7 +11,6 @@ from ray_slurm_provider.batch_script import JobSpec, render, render_process
 from ray_slurm_provider.birth_certificate import BirthCertificate, new_token
 from ray_slurm_provider.config import ResolvedNode
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.sbatch_options import split_directive
 from ray_slurm_provider.site_file import check_node_config, rules_in_force
 from ray_slurm_provider.slurm.process import clean_environment
 
@@ -68,7 +67,7 @@ def job_spec(launch: Launch, certificate: BirthCertificate, count: int = 1) -> J
         options=launch.config.sbatch,
         skip=skip,
         avoid=[] if launch.config.sbatch.nodelist else list(launch.avoid),
-        extra=[split_directive(text) for text in (*settings.sbatch_extra, *launch.config.sbatch_extra)],
+        extra=[*settings.sbatch_extra, *launch.config.sbatch_extra],
         steps=[(where, command) for where, command in resolved.steps],
         env=launch.config.env,
         python=str(Path(python).expanduser()) if python else "",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from ray_slurm_provider.cluster_yaml import settings_of
 from ray_slurm_provider.config import check_cluster_name
 from ray_slurm_provider.deployment.document import read_template
 from ray_slurm_provider.deployment.proposal import Wishes
@@ -19,7 +20,6 @@ from ray_slurm_provider.deployment.site_document import SitePolicy, site_documen
 from ray_slurm_provider.deployment.survey import Survey, take_survey, usual_account
 from ray_slurm_provider.errors import DeployError
 from ray_slurm_provider.site_file import parse_site, read_site, site_file_to_write, without_site_file
-from ray_slurm_provider.site_rules import SiteLimits
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 from ray_slurm_provider.slurm.process import SlurmTools
@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from ray_slurm_provider.deployment.deploy import Deployment
 
 _STDOUT = "-"
+
+
+def _refused(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> None:
+    if values:
+        raise DeployError(
+            "SLURM does itself what --max-time, --require and --forbid did, with MaxTime of a partition, QOS and"
+            " job_submit plugins; docs/site.md shows how"
+        )
 
 
 @click.command()
@@ -59,12 +67,10 @@ _STDOUT = "-"
 @click.option("--site-name", help="With --site: the site's name, for messages [default: SLURM's name of the cluster].")
 @click.option("--contact", default="", help="With --site: whom users may ask.")
 @click.option("--max-nodes", type=click.IntRange(min=1), help="With --site: nodes of a cluster [default: as proposed].")
-@click.option("--max-time", help="With --site: longest time limit [default: the longest of the node types].")
 @click.option("--max-queued-jobs", type=click.IntRange(min=1), help="With --site: queued jobs of a cluster.")
-@click.option("--require", multiple=True, help="With --site: sbatch option that must be given, such as account.")
-@click.option("--forbid", multiple=True, help="With --site: sbatch option that may not be given, such as nodelist.")
 @click.option("--lock", multiple=True, help="With --site: key of provider.slurm that users cannot change: state_dir.")
 @click.option("--no-login-node-head", is_flag=True, help="With --site: heads are jobs only.")
+@click.option("--max-time", "--require", "--forbid", hidden=True, multiple=True, expose_value=False, callback=_refused)
 def deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, **answers: Any) -> None:
     """Ask SLURM what this site has, and write a cluster YAML for it."""
     with without_site_file() if for_site else nullcontext():
@@ -74,7 +80,8 @@ def deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, **answ
 def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answers: dict[str, Any]) -> None:
     from ray_slurm_provider.deployment import deploy as deployment  # noqa: PLC0415 imports Ray, which takes a second
 
-    survey = take_survey(SlurmClient(SlurmTools(answers["slurm_bin"] or "")))
+    ours = settings_of({"provider": {"slurm": {"slurm_bin": answers["slurm_bin"]} if answers["slurm_bin"] else {}}})
+    survey = take_survey(SlurmClient(SlurmTools(ours.slurm_bin or "", cluster=ours.clusters or "")))
     asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
     _tell_site(survey)
     wishes = _wishes(survey, answers, asks=asks)
@@ -85,7 +92,7 @@ def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answe
         template=answers["template"] or "",
         file_name="ray-slurm.yaml" if str(path) == _STDOUT or for_site else path.name,
         settings=_settings(answers, for_site=for_site),
-        limits=_limits(answers, for_site=for_site),
+        max_nodes=_max_nodes(answers, for_site=for_site),
         environ=os.environ,
         tell=lambda line: click.echo(f"  note: {line}", err=True),
     )
@@ -157,13 +164,12 @@ def _settings(answers: dict[str, Any], *, for_site: bool) -> dict[str, tuple[Any
     return {name: (value, why) for name, (value, why) in values.items() if value}
 
 
-def _limits(answers: dict[str, Any], *, for_site: bool) -> SiteLimits:
-    """Return how far the node types may go: as the site file says, or as the one says that is being made."""
-    if not for_site:
-        site = read_site()
-        return SiteLimits() if site is None else site.limits
-    longest = _seconds("--max-time", answers["max_time"])
-    return SiteLimits(max_nodes=answers["max_nodes"], max_time=None if longest is None else format_time(longest))
+def _max_nodes(answers: dict[str, Any], *, for_site: bool) -> int | None:
+    """Return how many nodes a cluster may have: as the site file says, or as the one says that is being made."""
+    if for_site:
+        return cast("int | None", answers["max_nodes"])
+    site = read_site()
+    return None if site is None else site.limits.max_nodes
 
 
 def _policy(survey: Survey, answers: dict[str, Any]) -> SitePolicy:
@@ -171,10 +177,7 @@ def _policy(survey: Survey, answers: dict[str, Any]) -> SitePolicy:
         name=answers["site_name"] or survey.cluster,
         contact=answers["contact"],
         max_nodes=answers["max_nodes"],
-        max_time_s=_seconds("--max-time", answers["max_time"]),
         max_queued_jobs=answers["max_queued_jobs"],
-        required=answers["require"],
-        forbidden=answers["forbid"],
         locked=answers["lock"],
         login_node_head=not answers["no_login_node_head"],
     )

@@ -22,7 +22,6 @@ from ray_slurm_provider.file_sync import on_local_disk
 from ray_slurm_provider.files import write_atomically
 from ray_slurm_provider.ray_contract import cluster_schema
 from ray_slurm_provider.site_file import read_site
-from ray_slurm_provider.slurm.parse import parse_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from ray_slurm_provider.config import SlurmSettings
     from ray_slurm_provider.deployment.proposal import Wishes
     from ray_slurm_provider.deployment.survey import Survey
-    from ray_slurm_provider.site_rules import SiteLimits
 
 # Where sites usually say which file system their hosts share.
 _SHARED_VARIABLES = ("SCRATCH", "WORK", "PROJECT", "WORKDIR", "PSCRATCH")
@@ -74,7 +72,7 @@ def make_cluster_yaml(
     template: str,
     file_name: str,
     settings: Mapping[str, tuple[Any, str]],
-    limits: SiteLimits,
+    max_nodes: int | None,
     environ: Mapping[str, str],
     tell: Callable[[str], None],
 ) -> Deployment:
@@ -86,7 +84,7 @@ def make_cluster_yaml(
         template: Name or path of the template.
         file_name: What the file will be called.
         settings: Keys of ``provider.slurm``, each with one line on it.
-        limits: What the site allows.
+        max_nodes: Nodes that the site allows one cluster, the head included; None for any number.
         environ: The environment of `ray up`.
         tell: Called with a line for each thing that is not as usual.
 
@@ -95,13 +93,12 @@ def make_cluster_yaml(
         SlurmUnavailable: Nobody answers.
     """
     site = read_site()
-    survey = _within(survey, limits)
     if "state_dir" not in settings and not (site and "state_dir" in {**site.defaults.slurm, **site.locked.slurm}):
         settings = {"state_dir": usual_state_dir(survey, environ), **settings}
     proposal = propose(survey, wishes)
-    if limits.max_nodes is not None:
+    if max_nodes is not None:
         is_job = bool(proposal.heads[0].sbatch)
-        proposal = replace(proposal, max_workers=min(proposal.max_workers, limits.max_nodes - is_job))
+        proposal = replace(proposal, max_workers=min(proposal.max_workers, max_nodes - is_job))
     prober = Prober(_settings(settings), wishes.cluster_name, environ)
     proposal, notes = _fitted(survey, proposal, prober, environ)
     for note in [*proposal.notes, *notes]:
@@ -153,18 +150,6 @@ def write_file(path: Path, text: str, *, force: bool) -> None:
 
 def _settings(settings: Mapping[str, tuple[Any, str]]) -> SlurmSettings:
     return settings_of({"provider": {"slurm": {name: value for name, (value, _) in settings.items()}}})
-
-
-def _within(survey: Survey, limits: SiteLimits) -> Survey:
-    """Return the site as the site file leaves it to users."""
-    longest = parse_time_s(limits.max_time) if limits.max_time else None
-    partitions = []
-    for partition in survey.partitions:
-        times = [time for time in (partition.max_time_s, longest) if time is not None]
-        allowed = not limits.partitions or partition.name in limits.partitions
-        closed = partition.closed or ("" if allowed else "the site file does not allow it")
-        partitions.append(replace(partition, max_time_s=min(times, default=None), closed=closed))
-    return replace(survey, partitions=tuple(partitions))
 
 
 def _usual_template(proposal: Proposal) -> str:

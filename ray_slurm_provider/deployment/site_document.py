@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider.deployment.document import commented, scalar
 from ray_slurm_provider.errors import DeployError
-from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,28 +31,13 @@ provider: {type: external, module: ray_slurm_provider.node_provider.SlurmNodePro
 
 @dataclass(frozen=True)
 class SitePolicy:
-    """What an admin decides.
+    """What an admin decides."""
 
-    Attributes:
-        name: The site's name.
-        contact: Whom users may ask; may be "".
-        max_nodes: Nodes of one cluster at the most, its head included; None for as many as the YAML made for it has.
-        max_time_s: Longest time limit, seconds; None for the longest that a node type has.
-        max_queued_jobs: Queued jobs of one cluster at the most; None for no limit.
-        required: sbatch options that every node type must name.
-        forbidden: sbatch options that none may name.
-        locked: Keys of ``provider.slurm`` that a cluster YAML cannot change.
-        login_node_head: Whether heads may run on login nodes.
-    """
-
-    name: str
+    name: str  # for messages to users, as the contact
     contact: str = ""
-    max_nodes: int | None = None
-    max_time_s: int | None = None
-    max_queued_jobs: int | None = None
-    required: Sequence[str] = ()
-    forbidden: Sequence[str] = ()
-    locked: Sequence[str] = ()
+    max_nodes: int | None = None  # of one cluster, its head included; None for as many as the YAML made for it has
+    max_queued_jobs: int | None = None  # of one cluster; None for no limit
+    locked: Sequence[str] = ()  # keys of provider.slurm that a cluster YAML cannot change
     login_node_head: bool = True
 
 
@@ -94,7 +78,7 @@ def _lines(made: Deployment, policy: SitePolicy) -> Iterator[str]:
     yield "locked:"
     yield from _settings({name: value for name, value in settings.items() if name in policy.locked})
     yield commented("  sbatch: {}", "options that every job has, such as {qos: ray}")
-    yield "\n# How far it may go."
+    yield "\n# What SLURM does not limit itself; docs/site.md shows how it limits partitions, times and options."
     yield "limits:"
     yield from _limits(made, policy)
 
@@ -106,24 +90,10 @@ def _settings(settings: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
 
 
 def _limits(made: Deployment, policy: SitePolicy) -> Iterator[str]:
-    proposal = made.proposal
-    types = [*proposal.heads[:1], *proposal.workers]
-    partitions = dict.fromkeys(str(t.sbatch["partition"].value) for t in types if "partition" in t.sbatch)
-    times = [parse_time_s(str(t.sbatch["time"].value)) or 0 for t in types if "time" in t.sbatch]
-    longest = policy.max_time_s or max(times, default=0)
-    nodes = policy.max_nodes or proposal.max_workers + 1
-    yield commented(f"  partitions: {json.dumps(list(partitions))}", "a node type that names none gets the first")
+    nodes = policy.max_nodes or made.proposal.max_workers + 1
+    queued = f"max_queued_jobs: {policy.max_queued_jobs}" if policy.max_queued_jobs else "# max_queued_jobs: 20"
     yield commented(f"  max_nodes: {nodes}", "of one cluster at a time, its head included")
-    if longest:
-        yield commented(f"  max_time: {json.dumps(format_time(longest))}", "a job that names none gets this one")
-    if policy.max_queued_jobs:
-        yield commented(f"  max_queued_jobs: {policy.max_queued_jobs}", "of one cluster at a time")
-    else:
-        yield commented("  # max_queued_jobs: 20", "of one cluster at a time")
-    yield commented(f"  required_options: {json.dumps(list(policy.required))}", "every node type must name these")
-    yield commented(f"  forbidden_options: {json.dumps(list(policy.forbidden))}", "and none of these")
-    yield commented("  allowed_values: {}", "such as {container: [/apps/containers/*]}")
-    yield commented("  # state_dir: [/scratch/$USER/*]", "patterns")
+    yield commented(f"  {queued}", "of one cluster at a time")
     yield commented(f"  login_node_head: {json.dumps(policy.login_node_head)}", "whether heads may run on login nodes")
 
 

@@ -124,7 +124,8 @@ def test_the_sites_number_of_nodes_holds_whatever_the_yaml_became(make, fake_slu
     assert len(fake_slurm.jobs()) == 2
 
 
-def test_one_of_several_slurms(make, fake_slurm):
+def test_one_of_several_slurms_whatever_the_shell_says(make, fake_slurm):
+    fake_slurm.environ["SLURM_CLUSTERS"] = "first"
     cluster = make(clusters="second")
     head = cluster.create_head("head", CONFIG, HEAD)
     assert [job["cluster"] for job in fake_slurm.jobs()] == ["second"]

@@ -41,7 +41,7 @@ def test_from_the_installation_to_a_users_five_lines(site_prefix, public_place, 
             site_prefix / "bin" / "ray-slurm",
             *("deploy", "--site", "--yes", "--site-name", "Example HPC", "--contact", "help@example.org"),
             *("--state-dir", f"{scratch}/$USER/ray", "--lock", "state_dir"),
-            *("--max-time", "2:00:00", "--max-queued-jobs", "3"),
+            *("--max-queued-jobs", "3", "--no-login-node-head"),
         ],
         env={**environ, "HOME": "/root"},
         capture_output=True,
@@ -52,7 +52,8 @@ def test_from_the_installation_to_a_users_five_lines(site_prefix, public_place, 
         assert admin.returncode == 0, admin.stdout + admin.stderr
         site = yaml.safe_load(site_file.read_text())
         assert site["locked"]["slurm"] == {"state_dir": f"{scratch}/$USER/ray"}
-        assert (site["limits"]["max_time"], site["limits"]["max_queued_jobs"]) == ("02:00:00", 3)
+        assert set(site["limits"]) == {"max_nodes", "max_queued_jobs", "login_node_head"}
+        assert (site["limits"]["max_queued_jobs"], site["limits"]["login_node_head"]) == (3, False)
         before = _files(site_prefix)
         config = yaml.safe_load(user_yaml())
         python = str(site_prefix / "bin" / "python")
@@ -82,10 +83,10 @@ def _use_it(cluster, scratch, root):
     (task,) = cluster.run_on_head(script)
     assert task["job"]
     # A way around the rules is refused before anything happens to the cluster that runs.
-    cluster.text = user_yaml() + "available_node_types: {cpu: {node_config: {sbatch: {time: '3:00:00'}}}}\n"
+    cluster.text = user_yaml().replace("max_workers: 4", "max_workers: 400")
     refused = cluster.ray("up", cluster.yaml, "--no-config-cache", "-y", check=False)
     assert refused.returncode == 1
-    assert "limits.max_time of Example HPC" in refused.stderr
+    assert "limits.max_nodes of Example HPC" in refused.stderr
     assert "help@example.org" in refused.stderr
     assert "Traceback" not in refused.stderr
     cluster.text = user_yaml()

@@ -85,7 +85,7 @@ def test_the_script_of_a_worker():
 
 
 def test_a_site_may_leave_directives_out_and_add_others():
-    text = render(_spec(skip=["mem", "no-requeue", "ntasks"], extra=[("gres-flags", "enforce-binding"), ("nice", "5")]))
+    text = render(_spec(skip=["mem", "no-requeue", "ntasks"], extra=["--gres-flags=enforce-binding", "--nice=5"]))
     lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert not [
         line for line in lines if line.startswith(("#SBATCH --mem", "#SBATCH --no-requeue", "#SBATCH --ntasks"))

@@ -119,7 +119,8 @@ def site_file(tmp_path, monkeypatch):
           available_node_types:
             head: {node_config: {sbatch: {mem: 4G}}}
             worker: {max_workers: 9, node_config: {sbatch: {cpus_per_task: 2, mem: 2G}}}
-        limits: {partitions: [cpu], max_time: "2:00:00", max_nodes: 20, max_queued_jobs: 5, forbidden_options: [nodelist]}
+        locked: {sbatch: {qos: ray}}
+        limits: {max_nodes: 20, max_queued_jobs: 5}
         """
     )
     monkeypatch.setenv("RAY_SLURM_SITE", str(path))

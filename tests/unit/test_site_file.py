@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pwd
+import subprocess
+import sys
 
 import click
 import pytest
@@ -29,7 +31,7 @@ defaults:
     withdraw_after_s: 60
     prologue: [source /etc/profile.d/modules.sh]
     sbatch_extra: [--gres-flags=enforce-binding]
-  sbatch: {time: "02:00:00"}
+  sbatch: {time: "02:00:00", partition: cpu}
   head_node_type: head
   available_node_types:
     head:
@@ -48,13 +50,8 @@ locked:
     ports: {services: 22000-22199}
   sbatch: {qos: ray}
 limits:
-  partitions: [cpu, gpu]
   max_nodes: 9
-  max_time: "04:00:00"
   max_queued_jobs: 5
-  forbidden_options: [nodelist, exclusive]
-  allowed_values: {container: [/apps/containers/*], account: [physics, chem-*]}
-  state_dir: [SHARED/$USER/*]
   login_node_head: false
 """
 
@@ -135,17 +132,25 @@ def test_a_yaml_changes_what_it_may(site):
 
 
 def test_one_key_says_something_of_all_types(site):
-    site.write_text(site.read_text().replace("forbidden_options:", "required_options: [account]\n  forbidden_options:"))
-    assert "limits.required_options" in str(_refused(_user()))
     config = _user()
     config["provider"]["slurm"] = {"sbatch": {"account": "physics", "mem_per_cpu": "1G", "time": "1:00:00"}}
+    config["available_node_types"] = {"cpu": {}, "gpu": {}, "own": {"node_config": {}}}
     types = resolve_written(config)["available_node_types"]
-    for name in ("head", "cpu", "gpu"):
+    for name in ("head", "cpu", "gpu", "own"):
         options = types[name]["node_config"]["sbatch"]
         assert (options["account"], options["mem_per_cpu"], options["time"]) == ("physics", "1G", "1:00:00")
         assert "mem" not in options
-    config["provider"]["slurm"]["sbatch"]["partition"] = "secret"
-    assert "limits.partitions" in str(_refused(config))
+
+
+def test_a_locked_option_wins_over_other_ways_to_say_it(site):
+    site.write_text(site.read_text().replace("{qos: ray}", "{qos: ray, mem: 6G}"))
+    config = _user()
+    config["available_node_types"] = {"cpu": {"node_config": {"sbatch": {"mem_per_cpu": "90G"}}}}
+    options = resolve_written(config)["available_node_types"]["cpu"]["node_config"]["sbatch"]
+    assert options["mem"] == "6G"
+    assert "mem_per_cpu" not in options
+    config["available_node_types"]["cpu"]["node_config"]["sbatch_extra"] = ["--mem-per-cpu=90G"]
+    assert "locked.sbatch.mem" in str(_refused(config))
 
 
 def test_nothing_is_the_default_and_no_way_around(site):
@@ -177,36 +182,21 @@ def _attempts():
         return lambda config: config.update(keys)
 
     return {
-        "another partition": ("limits.partitions", sbatch(partition="secret")),
-        "one of a list": ("limits.partitions", sbatch(partition="cpu,secret")),
-        "a list with a blank": ("limits.partitions", sbatch(partition="cpu, secret")),
-        "partition of everywhere": ("limits.partitions", slurm(sbatch_extra=["--partition=secret"])),
-        "partition of a type": ("limits.partitions", node(sbatch_extra=["--partition=secret"])),
-        "partition in quotes": ("limits.partitions", node(sbatch_extra=["--partition='secret'"])),
-        "an abbreviation": ("in full", node(sbatch_extra=["--parti=secret"])),
-        "a second option behind": ("one option", node(sbatch_extra=["--nice=5 --partition=secret"])),
-        "a short option behind": ("one option", node(sbatch_extra=["--nice=5 -psecret"])),
-        "a short option": ("--name=value", node(sbatch_extra=["-p secret"])),
-        "a second line": ("one line", node(sbatch_extra=["--nice=5\n#SBATCH --partition=secret"])),
-        "no partition": ("limits.partitions", slurm(sbatch_skip=["partition"])),
-        "more time": ("limits.max_time", sbatch(time="04:00:01")),
-        "days": ("limits.max_time", sbatch(time="1-0")),
-        "no limit": ("limits.max_time", sbatch(time="UNLIMITED")),
-        "zero is no limit": ("limits.max_time", sbatch(time="0")),
-        "least time": ("limits.max_time", sbatch(time_min="5:00:00")),
-        "time left out": ("limits.max_time", node(sbatch_skip=["time"])),
-        "time added": ("limits.max_time", slurm(sbatch_extra=["--time=9:00:00"])),
+        "qos of everywhere": ("locked.sbatch.qos", slurm(sbatch_extra=["--qos=high"])),
+        "qos in quotes": ("locked.sbatch.qos", node(sbatch_extra=["--qos='high'"])),
+        "an abbreviation": ("in full", node(sbatch_extra=["--qo=high"])),
+        "a second option behind": ("one option", node(sbatch_extra=["--nice=5 --qos=high"])),
+        "a short option behind": ("one option", node(sbatch_extra=["--nice=5 -qhigh"])),
+        "quotes that end too early": ("one option", node(sbatch_extra=["--wckey='a' --qos='high'"])),
+        "a short option": ("--name=value", node(sbatch_extra=["-q high"])),
+        "a second line": ("one line", node(sbatch_extra=["--nice=5\n#SBATCH --qos=high"])),
         "more nodes": ("limits.max_nodes", top(max_workers=9)),
         "more of a type": ("defaults.available_node_types.cpu", top(available_node_types={"cpu": {"max_workers": 5}})),
-        "a partition for all": ("limits.partitions", slurm(sbatch={"partition": "secret"})),
         "a qos for all": ("locked.sbatch.qos", slurm(sbatch={"qos": "high"})),
         "another qos": ("locked.sbatch.qos", sbatch(qos="high")),
         "qos added": ("locked.sbatch.qos", node(sbatch_extra=["--qos=high"])),
         "qos left out": ("locked.sbatch.qos", slurm(sbatch_skip=["qos"])),
-        "a forbidden option": ("limits.forbidden_options", sbatch(nodelist="n1")),
-        "a forbidden option added": ("limits.forbidden_options", node(sbatch_extra=["--exclusive"])),
-        "another container": ("limits.allowed_values.container", sbatch(container="/home/me/evil")),
-        "another account": ("limits.allowed_values.account", sbatch(account="physics,other")),
+        "qos of a type left out": ("locked.sbatch.qos", node(sbatch_skip=["qos"])),
         "another directory": ("locked.slurm.state_dir", slurm(state_dir="/tmp/mine")),
         "another interface": ("locked.slurm.interface", slurm(interface="eth9")),
         "other ports": ("locked.slurm.ports.services", slurm(ports={"services": "40000-40999"})),
@@ -215,7 +205,6 @@ def _attempts():
         "another SLURM added": ("provider.slurm.clusters", slurm(sbatch_extra=["--clusters=other"])),
         "more in the queue": ("limits.max_queued_jobs", slurm(max_queued_jobs=50)),
         "any number in the queue": ("limits.max_queued_jobs", slurm(max_queued_jobs=10**6)),
-        "no time at all": ("limits.max_time", node(sbatch={"time": None}, sbatch_skip=["time"])),
         "a head on the login node": (
             "limits.login_node_head",
             top(available_node_types={"head": {"node_config": {"placement": "login_node"}}}),
@@ -243,22 +232,6 @@ def test_no_way_around(site, attempt):
         SlurmNodeProvider.bootstrap_config(filled)
 
 
-def test_a_state_dir_outside_of_the_patterns_is_refused_by_links_and_dots_too(site, tmp_path):
-    text = site.read_text().replace(f"    state_dir: {tmp_path}/shared/$USER/ray\n", "")
-    site.write_text(text)
-    home = tmp_path / "shared" / ME
-    home.mkdir(parents=True)
-    (tmp_path / "elsewhere").mkdir()
-    (home / "link").symlink_to(tmp_path / "elsewhere")
-    good = _user()
-    good["provider"]["slurm"] = {"state_dir": str(home / "fine")}
-    resolve_written(good)
-    for bad in (tmp_path / "elsewhere", f"{home}/../../elsewhere", home / "link"):
-        config = _user()
-        config["provider"]["slurm"] = {"state_dir": str(bad)}
-        assert "limits.state_dir" in str(_refused(config))
-
-
 def test_nobody_takes_the_name_of_another_for_it(site, tmp_path, monkeypatch):
     monkeypatch.setenv("USER", "../../elsewhere")
     assert resolve_written(_user())["provider"]["slurm"]["state_dir"] == str(tmp_path / "shared" / ME / "ray")
@@ -267,17 +240,19 @@ def test_nobody_takes_the_name_of_another_for_it(site, tmp_path, monkeypatch):
 def test_what_was_slipped_in_later_is_refused_at_the_submission(site, tmp_path):
     settings = read_settings({"state_dir": str(tmp_path / "state")})
     assert settings.site is None
-    config = read_node_config({"sbatch": {"partition": "secret", "time": "1:00:00", "qos": "ray"}}, "x")
-    with pytest.raises(SiteRuleError, match=r"limits\.partitions"):
-        Cluster("mine", settings).preview("cpu", config, head=True)
+    for section in ({}, {"sbatch": {"qos": "high"}}, {"sbatch": {"qos": "ray"}, "sbatch_extra": ["--qos=high"]}):
+        with pytest.raises(SiteRuleError, match=r"locked\.sbatch\.qos"):
+            Cluster("mine", settings).preview("cpu", read_node_config(section, "x"), head=True)
+    with pytest.raises(SiteRuleError, match=r"limits\.login_node_head"):
+        Cluster("mine", settings).preview("head", read_node_config({"placement": "login_node"}, "x"), head=True)
 
 
 def test_a_head_whose_host_lacks_the_file_goes_by_what_ray_up_has_read(site, monkeypatch):
     resolved = resolve_written(_user())
     monkeypatch.delenv("RAY_SLURM_SITE")
     settings = read_settings(resolved["provider"]["slurm"])
-    config = read_node_config({"sbatch": {"partition": "secret", "time": "1:00:00", "qos": "ray"}}, "x")
-    with pytest.raises(SiteRuleError, match=r"limits\.partitions"):
+    config = read_node_config({"sbatch": {"qos": "high"}}, "x")
+    with pytest.raises(SiteRuleError, match=r"locked\.sbatch\.qos of Example HPC"):
         Cluster("mine", settings).preview("cpu", config, head=True)
 
 
@@ -314,9 +289,8 @@ def test_without_a_file_nothing_changes(monkeypatch):
         ("site: [", "is not YAML"),
         ("contact: x", "site"),
         ("site: x\nlimit: {}", "did you mean limits"),
-        ("site: x\nlimits: {max_time: 10:30:00}", "must be in quotes"),
-        ("site: x\nlimits: {max_time: UNLIMITED}", "is no limit"),
-        ("site: x\nlimits: {forbidden_options: [unicorn]}", "no option"),
+        ("site: x\nlimits: [max_nodes]", "is a list"),
+        ("site: x\nsource: /x", "unknown key"),
         ("site: x\nlimits: {max_nodes: 0}", "max_nodes"),
         ("site: x\nlocked: {slurm: {state_dirs: /x}}", "did you mean state_dir"),
         ("site: x\nlocked: {slurm: {sbatch: {qos: a}}}", "locked.sbatch"),
@@ -330,6 +304,39 @@ def test_a_mistake_in_the_file_is_told_with_its_place(tmp_path, text, said):
         site_file.parse_site(text, tmp_path / "site.yaml")
     assert said in str(caught.value)
     assert "site.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "way"),
+    [
+        ("partitions: [cpu]", "AllowAccounts"),
+        ('max_time: "4:00:00"', "MaxTime"),
+        ("required_options: [account]", "job_submit plugin"),
+        ("forbidden_options: [nodelist]", "job_submit plugin"),
+        ("allowed_values: {qos: [ray]}", "AllowQos"),
+        ("state_dir: [/scratch/*]", "locked.slurm.state_dir"),
+    ],
+)
+def test_a_limit_that_is_slurms_own_work_says_what_does_it(site, limit, way):
+    site.write_text(site.read_text() + f"  {limit}\n")
+    filled = SlurmNodeProvider.fillout_available_node_types_resources(prepare_config(_user()))
+    with pytest.raises(click.ClickException) as caught:
+        SlurmNodeProvider.bootstrap_config(filled)
+    (line,) = caught.value.message.splitlines()
+    assert line.startswith(f"{site}: limits.{limit.partition(':')[0]}: ")
+    assert way in line
+    assert "docs/site.md" in line
+
+
+@pytest.mark.parametrize("option", ["--max-time=4:00:00", "--require=account", "--forbid=nodelist"])
+def test_deploy_says_what_does_the_work_of_an_option_that_it_had(option):
+    done = subprocess.run(
+        [sys.executable, "-m", "ray_slurm_provider.cli", "deploy", "--site", option], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: SLURM does itself")
+    assert "docs/site.md" in line
 
 
 def test_defaults_of_the_models_are_no_rules():
