@@ -15,8 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from ray_slurm_provider.config import NodeConfig, Ports, SlurmSettings
 from ray_slurm_provider.sbatch_options import PROTECTED_OPTIONS, SbatchOptions
-from ray_slurm_provider.site_file import SiteDefaults, SiteFile, SiteLocks
-from ray_slurm_provider.site_rules import SiteLimits
+from ray_slurm_provider.site_rules import SiteDefaults, SiteFile, SiteLimits, SiteLocks
 from ray_slurm_provider.yaml_schema import yaml_schema
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PO
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load, settings_of
-from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings, with_defaults
+from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.file_sync import is_shared
 from ray_slurm_provider.ray_contract import (
@@ -34,7 +34,7 @@ from ray_slurm_provider.ray_contract import (
     silence_legacy_warnings,
 )
 from ray_slurm_provider.reports import ENDED
-from ray_slurm_provider.sbatch_options import SbatchOptions
+from ray_slurm_provider.sbatch_options import SbatchOptions, with_defaults
 from ray_slurm_provider.site_file import check_node_config, read_site
 
 if TYPE_CHECKING:

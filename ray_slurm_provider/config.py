@@ -26,10 +26,10 @@ from ray_slurm_provider.sbatch_options import (
     check_directive,
     option_name,
 )
-from ray_slurm_provider.site_rules import SiteRules
+from ray_slurm_provider.site_rules import SiteFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -159,7 +159,7 @@ class SlurmSettings(Section):
     """Seconds after which a SLURM command that gives no answer counts as failed."""
     default_python: Line | None = Field(default=None, json_schema_extra={"internal": True})
     """The interpreter that ran ``ray up``; filled in by the provider, never by hand."""
-    site: SiteRules | None = Field(default=None, json_schema_extra={"internal": True})
+    site: SiteFile | None = Field(default=None, json_schema_extra={"internal": True})
     """What the site allows; filled in by the provider, never by hand."""
 
     def directory(self) -> Path:
@@ -209,23 +209,6 @@ def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
     _check_ports(settings.ports)
     _check_directives(settings, path)
     return settings
-
-
-# Ways to say the same: whoever says one of them does not want another one's default.
-_ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
-
-
-def with_alternatives(names: Iterable[str]) -> set[str]:
-    """Return sbatch options and those that say the same in another way."""
-    found = set(names)
-    return found.union(*(group for group in _ALTERNATIVES if found & set(group)))
-
-
-def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sbatch options with defaults for what they do not say, in this way or in another."""
-    options = {name: value for name, value in options.items() if value is not None}
-    said = with_alternatives(options)
-    return {**{name: value for name, value in defaults.items() if name not in said}, **options}
 
 
 def _check_directives(section: SlurmSettings | NodeConfig, path: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -207,3 +208,20 @@ class SbatchOptions(Section):
     def chosen(self) -> dict[str, bool | int | str]:
         """Return the options that are set, by field name."""
         return {name: value for name, value in self if value is not None}
+
+
+# Ways to say the same: whoever says one of them does not want another one's default.
+_ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
+
+
+def with_alternatives(names: Iterable[str]) -> set[str]:
+    """Return sbatch options and those that say the same in another way."""
+    found = set(names)
+    return found.union(*(group for group in _ALTERNATIVES if found & set(group)))
+
+
+def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sbatch options with defaults for what they do not say, in this way or in another."""
+    options = {name: value for name, value in options.items() if value is not None}
+    said = with_alternatives(options)
+    return {**{name: value for name, value in defaults.items() if name not in said}, **options}

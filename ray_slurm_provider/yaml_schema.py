@@ -53,6 +53,6 @@ def _section(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, A
     schema = model.model_json_schema()
     definitions |= schema.pop("$defs", {})
     schema["properties"] = {name: value for name, value in schema["properties"].items() if not value.get("internal")}
-    for name in ("ResolvedNode", "SiteRules", "SiteLimits"):
+    for name in ("ResolvedNode", "SiteFile", "SiteDefaults", "SiteLocks", "SiteLimits"):
         definitions.pop(name, None)
     return schema

@@ -16,7 +16,7 @@ from ray_slurm_provider.cluster_yaml import settings_of
 from ray_slurm_provider.config import check_cluster_name
 from ray_slurm_provider.deployment.document import read_template
 from ray_slurm_provider.deployment.proposal import Wishes
-from ray_slurm_provider.deployment.site_document import SitePolicy, site_document, user_yaml
+from ray_slurm_provider.deployment.site_document import site_document, user_yaml
 from ray_slurm_provider.deployment.survey import Survey, take_survey, usual_account
 from ray_slurm_provider.errors import DeployError
 from ray_slurm_provider.site_file import parse_site, read_site, site_file_to_write, without_site_file
@@ -99,7 +99,7 @@ def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answe
     _tell_types(made)
     text = made.text
     if for_site:
-        text = site_document(made, _policy(survey, answers))
+        text = site_document(made, answers, survey.cluster)
         parse_site(text, path)
     if str(path) == _STDOUT:
         click.echo(text, nl=False)
@@ -170,17 +170,6 @@ def _max_nodes(answers: dict[str, Any], *, for_site: bool) -> int | None:
         return cast("int | None", answers["max_nodes"])
     site = read_site()
     return None if site is None else site.limits.max_nodes
-
-
-def _policy(survey: Survey, answers: dict[str, Any]) -> SitePolicy:
-    return SitePolicy(
-        name=answers["site_name"] or survey.cluster,
-        contact=answers["contact"],
-        max_nodes=answers["max_nodes"],
-        max_queued_jobs=answers["max_queued_jobs"],
-        locked=answers["lock"],
-        login_node_head=not answers["no_login_node_head"],
-    )
 
 
 def _head_of(template: str | None) -> str:

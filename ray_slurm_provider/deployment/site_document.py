@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider.deployment.document import commented, scalar
 from ray_slurm_provider.errors import DeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from ray_slurm_provider.deployment.deploy import Deployment
 
@@ -29,58 +28,38 @@ provider: {type: external, module: ray_slurm_provider.node_provider.SlurmNodePro
 """
 
 
-@dataclass(frozen=True)
-class SitePolicy:
-    """What an admin decides."""
-
-    name: str  # for messages to users, as the contact
-    contact: str = ""
-    max_nodes: int | None = None  # of one cluster, its head included; None for as many as the YAML made for it has
-    max_queued_jobs: int | None = None  # of one cluster; None for no limit
-    locked: Sequence[str] = ()  # keys of provider.slurm that a cluster YAML cannot change
-    login_node_head: bool = True
-
-
 def user_yaml() -> str:
     """Return a cluster YAML that needs the site file for everything else."""
     return _USER_YAML
 
 
-def site_document(made: Deployment, policy: SitePolicy) -> str:
-    """Return the text of a site file.
-
-    Args:
-        made: The cluster YAML that was made for this site.
-        policy: What the admin decides.
-
-    Raises:
-        DeployError: A key is to be locked that has no value.
-    """
-    return "\n".join(_lines(made, policy)) + "\n"
+def site_document(made: Deployment, answers: Mapping[str, Any], cluster: str) -> str:
+    """Return the text of a site file from the cluster YAML that was made for this site and what the admin answered."""
+    return "\n".join(_lines(made, answers, answers["site_name"] or cluster)) + "\n"
 
 
-def _lines(made: Deployment, policy: SitePolicy) -> Iterator[str]:
-    proposal, settings = made.proposal, made.settings
-    for name in policy.locked:
+def _lines(made: Deployment, answers: Mapping[str, Any], site: str) -> Iterator[str]:
+    proposal, settings, locked = made.proposal, made.settings, answers["lock"]
+    for name in locked:
         if name not in settings:
             raise DeployError(f"--lock {name}: there is no value for it; known here: {', '.join(settings)}")
     yield _HEADER
-    yield commented(f"site: {scalar(policy.name)}", "stands in messages to users")
-    if policy.contact:
-        yield commented(f"contact: {scalar(policy.contact)}", "likewise")
+    yield commented(f"site: {scalar(site)}", "stands in messages to users")
+    if answers["contact"]:
+        yield commented(f"contact: {scalar(answers['contact'])}", "likewise")
     yield "\n# What a cluster YAML need not say."
     yield "defaults:"
-    yield from _settings({name: value for name, value in settings.items() if name not in policy.locked})
+    yield from _settings({name: value for name, value in settings.items() if name not in locked})
     yield f"  head_node_type: {proposal.heads[0].name}"
     yield commented("  # A YAML without node types gets all of these", "")
     yield from textwrap.indent("\n".join(made.types), "  ").splitlines()
     yield "\n# What it cannot say otherwise: any key of provider.slurm (to lists such as prologue it can add)."
     yield "locked:"
-    yield from _settings({name: value for name, value in settings.items() if name in policy.locked})
+    yield from _settings({name: value for name, value in settings.items() if name in locked})
     yield commented("  sbatch: {}", "options that every job has, such as {qos: ray}")
     yield "\n# What SLURM does not limit itself; docs/site.md shows how it limits partitions, times and options."
     yield "limits:"
-    yield from _limits(made, policy)
+    yield from _limits(made, answers)
 
 
 def _settings(settings: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
@@ -89,12 +68,12 @@ def _settings(settings: Mapping[str, tuple[Any, str]]) -> Iterator[str]:
         yield commented(f"    {name}: {_shown(value)}", why)
 
 
-def _limits(made: Deployment, policy: SitePolicy) -> Iterator[str]:
-    nodes = policy.max_nodes or made.proposal.max_workers + 1
-    queued = f"max_queued_jobs: {policy.max_queued_jobs}" if policy.max_queued_jobs else "# max_queued_jobs: 20"
+def _limits(made: Deployment, answers: Mapping[str, Any]) -> Iterator[str]:
+    nodes, queued = answers["max_nodes"] or made.proposal.max_workers + 1, answers["max_queued_jobs"]
+    on_login_node = json.dumps(not answers["no_login_node_head"])
     yield commented(f"  max_nodes: {nodes}", "of one cluster at a time, its head included")
-    yield commented(f"  {queued}", "of one cluster at a time")
-    yield commented(f"  login_node_head: {json.dumps(policy.login_node_head)}", "whether heads may run on login nodes")
+    yield commented(f"  {'' if queued else '# '}max_queued_jobs: {queued or 20}", "of one cluster at a time")
+    yield commented(f"  login_node_head: {on_login_node}", "whether heads may run on login nodes")
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.nodes import TAG_TYPE
-from ray_slurm_provider.site_rules import SiteLimits, SiteRules
+from ray_slurm_provider.site_rules import SiteFile, SiteLimits
 
 CONFIG = NodeConfig()
 
@@ -115,7 +115,7 @@ def test_a_node_type_has_a_number_of_its_own(make, fake_slurm):
 
 
 def test_the_sites_number_of_nodes_holds_whatever_the_yaml_became(make, fake_slurm):
-    rules = SiteRules(site="here", source="/x", limits=SiteLimits(max_nodes=2))
+    rules = SiteFile(site="here", source="/x", limits=SiteLimits(max_nodes=2))
     head = make().create_head("head", CONFIG, HEAD)
     monitor = make(head, site=rules)
     monitor.create_workers("worker", CONFIG, WORKER, 1)

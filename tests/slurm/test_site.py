@@ -1,4 +1,4 @@
-"""What a site may ask for: port ranges, encryption, places for temporary files, IPv6, the old autoscaler."""
+"""What a site may ask for: port ranges, encryption, places for temporary files, IPv6, its plugins, the old autoscaler."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from support import RAY, RAY_SLURM, cluster_config, listening_ports, tasks_script, wait_for
+from support import RAY, RAY_SLURM, cluster_config, listening_ports, tasks_script, user_environment, wait_for
 
 from ray_slurm_provider.agent import ports
+from ray_slurm_provider.sandbox.layout import read_layout
+from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
@@ -152,3 +155,26 @@ eval "$({ray_slurm} sandbox env --state-dir {state})"
     assert "fd00:77::1" in done.stdout
     line = next(line for line in done.stdout.splitlines() if "RESULT " in line)
     assert len({task["job"] for task in json.loads(line.partition("RESULT ")[2])}) == 2
+
+
+def test_slurm_takes_the_plugin_of_the_docs_for_admins(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "site.md").read_text()
+    plugin = re.search(r"^```lua\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1)
+    with tempfile.TemporaryDirectory(prefix="rsl-") as parent:
+        box = Sandbox(Path(parent) / "s")
+        layout = {"nodes": [{"name": "c"}], "partitions": [{"name": "cpu", "groups": ["c"]}], "job_submit": plugin}
+        box.up(read_layout(layout))
+        try:
+            environ = user_environment(box.environment(), tmp_path)
+
+            def said(*options):
+                command = ["sbatch", "--test-only", "--partition=cpu", *options, "--wrap=true"]
+                return subprocess.run(command, env=environ, text=True, capture_output=True, timeout=60).stderr
+
+            assert "name your account" in said()
+            assert "to start at" in said("--account=physics")
+            assert "--nodelist is not allowed here" in said("--account=physics", "--nodelist=c1")
+            assert "only those of Ray" in said("--account=physics", "--reservation=course")
+            assert "reservation is invalid" in said("--account=physics", "--reservation=ray-1")
+        finally:
+            box.down()

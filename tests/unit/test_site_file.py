@@ -209,7 +209,7 @@ def _attempts():
             "limits.login_node_head",
             top(available_node_types={"head": {"node_config": {"placement": "login_node"}}}),
         ),
-        "rules of one's own": ("by hand", slurm(site={"site": "mine", "source": "", "locked_sbatch": {}})),
+        "rules of one's own": ("by hand", slurm(site={"site": "mine"})),
         "resolved already": ("by hand", node(resolved={})),
         "the variable in the job": ("sets this variable", node(env={"RAY_SLURM_SITE": "/dev/null"})),
     }
