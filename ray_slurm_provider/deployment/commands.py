@@ -14,7 +14,7 @@ import click
 
 from ray_slurm_provider.cluster_yaml import settings_of
 from ray_slurm_provider.config import check_cluster_name
-from ray_slurm_provider.deployment.document import read_template
+from ray_slurm_provider.deployment.document import template_directory
 from ray_slurm_provider.deployment.proposal import Wishes
 from ray_slurm_provider.deployment.site_document import site_document, user_yaml
 from ray_slurm_provider.deployment.survey import Survey, take_survey, usual_account
@@ -54,9 +54,7 @@ def _refused(_context: click.Context, _option: click.Parameter, values: tuple[st
 )
 @click.option("--state-dir", help="Directory that login and compute nodes share [default: ~/.ray-slurm].")
 @click.option("--cluster-name", help="Name of the cluster [default: yours].")
-@click.option(
-    "--template", help="Template of cluster_configs/ or a path, for all but the node types [default: one that fits]."
-)
+@click.option("--template", hidden=True)
 @click.option("--slurm-bin", help="Directory of sbatch and the others [default: PATH].")
 @click.option("--interface", help="Network interface for Ray, such as ib0 [default: the address that SLURM knows].")
 @click.option("--service-ports", help="Range for Ray's services behind a firewall, such as 22000-22199.")
@@ -78,6 +76,8 @@ def deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, **answ
 
 
 def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answers: dict[str, Any]) -> None:
+    if answers["template"] is not None:
+        raise DeployError(f"deploy takes no --template: copy a template from {template_directory()} and edit it")
     from ray_slurm_provider.deployment import deploy as deployment  # noqa: PLC0415 imports Ray, which takes a second
 
     ours = settings_of({"provider": {"slurm": {"slurm_bin": answers["slurm_bin"]} if answers["slurm_bin"] else {}}})
@@ -89,7 +89,6 @@ def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answe
     made = deployment.make_cluster_yaml(
         survey,
         wishes,
-        template=answers["template"] or "",
         file_name="ray-slurm.yaml" if str(path) == _STDOUT or for_site else path.name,
         settings=_settings(answers, for_site=for_site),
         max_nodes=_max_nodes(answers, for_site=for_site),
@@ -120,7 +119,7 @@ def _wishes(survey: Survey, answers: dict[str, Any], *, asks: bool) -> Wishes:
     names = [partition.name for partition in survey.open_partitions]
     partitions = list(answers["partitions"])
     account = answers["account"] or usual_account(os.environ)
-    head = answers["head"] or _head_of(answers["template"])
+    head = answers["head"] or "slurm"
     setup = list(answers["setup"])
     name = answers["cluster_name"] or re.sub(r"[^A-Za-z0-9._-]", "-", getpass.getuser()).lstrip("._-") or "ray"
     time = answers["time"]
@@ -172,11 +171,6 @@ def _max_nodes(answers: dict[str, Any], *, for_site: bool) -> int | None:
     return None if site is None else site.limits.max_nodes
 
 
-def _head_of(template: str | None) -> str:
-    """Return where the head of a template runs."""
-    return "login-node" if template and "placement: login_node" in read_template(template) else "slurm"
-
-
 def _seconds(option: str, text: str | None) -> int | None:
     if not text:
         return None
@@ -200,13 +194,8 @@ def _output(output: str | None, *, for_site: bool, asks: bool) -> Path:
 
 
 def _tell_site(survey: Survey) -> None:
-    facts = [
-        f"{len(survey.partitions)} partitions",
-        "memory is handed out to jobs" if survey.memory_tracked else "memory is not handed out to jobs",
-        f"job arrays up to {survey.max_array_size}" if survey.max_array_size > 1 else "no job arrays",
-        "no preemption" if survey.preempt_mode == "OFF" else f"preemption by {survey.preempt_mode}",
-    ]
-    click.echo(f"SLURM {survey.version}, cluster {survey.cluster}: {', '.join(facts)}", err=True)
+    memory = "memory is handed out to jobs" if survey.memory_tracked else "memory is not handed out to jobs"
+    click.echo(f"SLURM {survey.version}, cluster {survey.cluster}: {memory}", err=True)
     for partition in survey.partitions:
         limit = "no time limit" if partition.max_time_s is None else f"at most {format_time(partition.max_time_s)}"
         nodes = sum(len(kind.names) for kind in partition.kinds)

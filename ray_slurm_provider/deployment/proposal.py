@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from ray_slurm_provider.deployment.survey import NodeKind, PartitionFacts, Survey
 from ray_slurm_provider.errors import DeployError
 from ray_slurm_provider.slurm.parse import format_time
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from ray_slurm_provider.deployment.survey import NodeKind, PartitionFacts, Survey
 
 HEAD = "head"
 # What a head needs: Ray's own processes, and none of the work.
@@ -28,39 +25,22 @@ _FEW_NODES = 3
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a person wants, of all that could be asked.
-
-    Attributes:
-        cluster_name: The cluster's name.
-        partitions: Partitions to use; all that are open when empty.
-        account: Account to charge; "" to let the site decide.
-        qos: Quality of service; "" to let the site decide.
-        head: Where the head runs.
-        time_s: Time limit of the workers, seconds; None for a usual one.
-        head_time_s: Time limit of the head, seconds; None for the longest.
-        max_workers: Most workers; None for a usual number.
-        setup: Shell lines that every node runs first.
-    """
+    """What a person wants, of all that could be asked."""
 
     cluster_name: str
-    partitions: Sequence[str] = ()
-    account: str = ""
-    qos: str = ""
+    partitions: Sequence[str] = ()  # empty: all that are open
+    account: str = ""  # "": the site decides
+    qos: str = ""  # likewise
     head: Literal["slurm", "login_node"] = "slurm"
-    time_s: int | None = None
-    head_time_s: int | None = None
-    max_workers: int | None = None
-    setup: Sequence[str] = ()
+    time_s: int | None = None  # of the workers; None: a usual one
+    head_time_s: int | None = None  # None: the longest
+    max_workers: int | None = None  # None: a usual number
+    setup: Sequence[str] = ()  # shell lines that every node runs first
 
 
 @dataclass(frozen=True)
 class Option:
-    """One sbatch option of a node type.
-
-    Attributes:
-        value: Its value.
-        why: One line on it.
-    """
+    """One sbatch option of a node type, with one line on why it is there."""
 
     value: str | int
     why: str
@@ -68,50 +48,36 @@ class Option:
 
 @dataclass(frozen=True)
 class TypeProposal:
-    """One Ray node type.
-
-    Attributes:
-        name: Its name.
-        about: One line on what it is.
-        sbatch: Its sbatch options by name, in the order of the YAML; empty for a head on the login node.
-        skip: Directives to leave out.
-        max_workers: Most nodes of it; 0 for a head.
-        has_gpus: Whether it has GPUs.
-        priority: Ray's preference among types that fit.
-    """
+    """One Ray node type."""
 
     name: str
     about: str
-    sbatch: Mapping[str, Option] = field(default_factory=dict)
-    skip: Sequence[str] = ()
-    max_workers: int = 0
+    sbatch: Mapping[str, Option] = field(default_factory=dict)  # in the order of the YAML; empty: no job
+    skip: Sequence[str] = ()  # directives to leave out
+    max_workers: int = 0  # 0 for a head
     has_gpus: bool = False
-    priority: int = 0
+    priority: int = 0  # Ray's preference among types that fit
 
     def with_options(self, options: Mapping[str, Option]) -> TypeProposal:
-        """Return it with further options."""
+        """Return it with further or other options."""
         return replace(self, sbatch={**self.sbatch, **options})
 
-    def without_options(self, names: Sequence[str]) -> TypeProposal:
-        """Return it without some options."""
-        return replace(self, sbatch={name: option for name, option in self.sbatch.items() if name not in names})
+    def without_option(self, name: str) -> TypeProposal:
+        """Return it without an option."""
+        return replace(self, sbatch={key: option for key, option in self.sbatch.items() if key != name})
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A cluster for a site.
+    """A cluster for a site."""
 
-    Attributes:
-        heads: Heads to try, the best first.
-        workers: The other node types.
-        max_workers: Most workers, all types together.
-        notes: What a person should know.
-    """
-
-    heads: Sequence[TypeProposal]
+    heads: Sequence[TypeProposal]  # to try, the best first
     workers: Sequence[TypeProposal]
-    max_workers: int
-    notes: Sequence[str] = ()
+    max_workers: int  # all types together
+    notes: Sequence[str] = ()  # for a person
+
+
+_LOGIN_NODE_HEAD = TypeProposal(HEAD, "a process on the host where `ray up` is typed; no job, and no time limit")
 
 
 def propose(survey: Survey, wishes: Wishes) -> Proposal:
@@ -122,23 +88,27 @@ def propose(survey: Survey, wishes: Wishes) -> Proposal:
     """
     partitions = _chosen(survey, wishes)
     notes = [f"partition {p.name} is left out: {p.closed}" for p in survey.partitions if p.closed]
-    if wishes.time_s is not None and all(_beyond(wishes.time_s, p.max_time_s) for p in partitions):
+    if wishes.time_s is not None and all(_limited(wishes.time_s, p) < wishes.time_s for p in partitions):
         longest = max(p.max_time_s or 0 for p in partitions)
         raise DeployError(
             f"a time of {format_time(wishes.time_s)} is more than any partition allows; at most {format_time(longest)}"
         )
-    on_login_node = wishes.head == "login_node"
-    heads = [_login_head()] if on_login_node else _heads(survey, partitions, wishes)
-    shared = set() if on_login_node else set(_names(_home_of_head(partitions)))
+    homes = [] if wishes.head == "login_node" else sorted(partitions, key=_rank_for_head)
+    heads = [_head(survey, partition, wishes) for partition in homes] or [_LOGIN_NODE_HEAD]
+    near_head = set(_names(homes[0])) if homes else set()
+    second = _second_choices(partitions)
+    kinds = [(partition, kind) for partition in partitions for kind in partition.kinds]
     workers = [
-        replace(_worker(survey, partition, kind, wishes, beside_head=bool(shared & set(_names(partition)))), name=name)
-        for partition in partitions
-        for kind, name in zip(partition.kinds, _names_of(partition), strict=True)
+        replace(
+            _worker(survey, partition, kind, wishes, beside_head=not near_head.isdisjoint(_names(partition))),
+            name=name,
+            priority=-1 if partition.name in second else 0,
+        )
+        for (partition, kind), name in zip(kinds, _type_names(partitions), strict=True)
     ]
-    workers = _with_priorities(_with_single_names(workers), partitions)
     total = sum(worker.max_workers for worker in workers)
     most = wishes.max_workers if wishes.max_workers is not None else min(total, _MAX_WORKERS)
-    if not on_login_node and (_home_of_head(partitions).max_time_s or _HEAD_TIME_S) < 3600:
+    if homes and (homes[0].max_time_s or _HEAD_TIME_S) < 3600:
         notes.append("the head ends with its time limit, and the cluster with it; --head login-node has none")
     return Proposal(heads, workers, most, notes)
 
@@ -157,30 +127,16 @@ def _chosen(survey: Survey, wishes: Wishes) -> list[PartitionFacts]:
     return chosen
 
 
-def _heads(survey: Survey, partitions: Sequence[PartitionFacts], wishes: Wishes) -> list[TypeProposal]:
-    """Return a head for each partition, those without GPUs and the default one first."""
-    first = _home_of_head(partitions)
-    ordered = [first, *(partition for partition in partitions if partition is not first)]
-    return [_head(survey, partition, wishes) for partition in ordered]
-
-
-def _home_of_head(partitions: Sequence[PartitionFacts]) -> PartitionFacts:
-    def rank(partition: PartitionFacts) -> tuple[bool, bool, bool, float]:
-        only_gpus = all(kind.gpus for kind in partition.kinds)
-        short = partition.max_time_s is not None and partition.max_time_s < _SHORT_FOR_A_HEAD_S
-        longest = -(partition.max_time_s or float("inf"))
-        return only_gpus, short, not partition.is_default and not short, longest
-
-    return min(partitions, key=rank)
-
-
-def _login_head() -> TypeProposal:
-    return TypeProposal(HEAD, "a process on the host where `ray up` is typed; no job, and no time limit")
+def _rank_for_head(partition: PartitionFacts) -> tuple[bool, bool, bool, float]:
+    """Order partitions as places for the head: not on GPU nodes, not for a short time, the default one."""
+    only_gpus = all(kind.gpus for kind in partition.kinds)
+    short = partition.max_time_s is not None and partition.max_time_s < _SHORT_FOR_A_HEAD_S
+    longest = -(partition.max_time_s or float("inf"))
+    return only_gpus, short, not partition.is_default and not short, longest
 
 
 def _head(survey: Survey, partition: PartitionFacts, wishes: Wishes) -> TypeProposal:
-    wanted = wishes.head_time_s or _HEAD_TIME_S
-    time_s = _limited(wanted, partition.max_time_s)
+    time_s = _limited(wishes.head_time_s or _HEAD_TIME_S, partition)
     least = min(kind.memory_mib for kind in partition.kinds)
     sbatch = {
         "partition": Option(partition.name, "where the head waits and runs"),
@@ -207,8 +163,10 @@ def _worker(
         **_who(wishes),
         "cpus_per_task": Option(cpus, share),
         **_memory(survey, memory_mib, share),
-        **({"gres": Option(_gres(kind), "all GPUs of a node")} if kind.gpus else {}),
-        "time": Option(format_time(_worker_time(partition, wishes)), "Ray moves work away before it ends"),
+        **({"gres": Option(f"gpu:{_gpus(kind)}", "all GPUs of a node")} if kind.gpus else {}),
+        "time": Option(
+            format_time(_limited(wishes.time_s or _WORKER_TIME_S, partition)), "Ray moves work away before it ends"
+        ),
     }
     return TypeProposal(
         name=partition.name,
@@ -233,21 +191,12 @@ def _memory(survey: Survey, memory_mib: int, why: str) -> dict[str, Option]:
     return {"mem": Option(text, why)}
 
 
-def _gres(kind: NodeKind) -> str:
-    return f"gpu:{kind.gpu_type}:{kind.gpus}" if kind.gpu_type else f"gpu:{kind.gpus}"
+def _gpus(kind: NodeKind) -> str:
+    return f"{kind.gpu_type}:{kind.gpus}" if kind.gpu_type else str(kind.gpus)
 
 
-def _worker_time(partition: PartitionFacts, wishes: Wishes) -> int:
-    wanted = wishes.time_s or max(_WORKER_TIME_S, partition.default_time_s or 0)
-    return _limited(wanted, partition.max_time_s)
-
-
-def _limited(wanted_s: int, limit_s: int | None) -> int:
-    return wanted_s if limit_s is None else min(wanted_s, limit_s)
-
-
-def _beyond(wanted_s: int, limit_s: int | None) -> bool:
-    return limit_s is not None and wanted_s > limit_s
+def _limited(wanted_s: int, partition: PartitionFacts) -> int:
+    return wanted_s if partition.max_time_s is None else min(wanted_s, partition.max_time_s)
 
 
 def _allowed(partition: PartitionFacts) -> str:
@@ -258,6 +207,13 @@ def _allowed(partition: PartitionFacts) -> str:
 
 def _names(partition: PartitionFacts) -> list[str]:
     return [name for kind in partition.kinds for name in kind.names]
+
+
+def _type_names(partitions: Sequence[PartitionFacts]) -> list[str]:
+    """Return a name for each kind in each partition; those that are the same in spite of all are numbered."""
+    names = [name for partition in partitions for name in _names_of(partition)]
+    before = [names[:number].count(name) for number, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def _names_of(partition: PartitionFacts) -> list[str]:
@@ -289,31 +245,14 @@ def _about(partition: PartitionFacts, kind: NodeKind) -> str:
     parts = [f"{kind.cpus} CPUs", *([f"{kind.memory_mib / 1024:.4g} GiB"] if kind.memory_mib else [])]
     if kind.gpus:
         parts.append(f"{kind.gpus} GPUs" + (f" {kind.gpu_type}" if kind.gpu_type else ""))
-    text = f"partition {partition.name}: {count} node{'s' if count > 1 else ''} with {', '.join(parts)}"
-    further = {
-        f"; features {', '.join(kind.features[:5])}": bool(kind.features) and count > 1,
-        f"; {kind.gone} of them down or drained": bool(kind.gone),
-        f"; jobs there may be preempted ({partition.preempt_mode})": bool(partition.preempt_mode),
-    }
-    return text + "".join(part for part, holds in further.items() if holds)
+    gone = f"; {kind.gone} of them down or drained" if kind.gone else ""
+    return f"partition {partition.name}: {count} node{'s' if count > 1 else ''} with {', '.join(parts)}{gone}"
 
 
-def _with_single_names(workers: Sequence[TypeProposal]) -> list[TypeProposal]:
-    """Number those whose names are the same in spite of all."""
-    seen: dict[str, int] = {}
-    result = []
-    for worker in workers:
-        seen[worker.name] = seen.get(worker.name, 0) + 1
-        number = seen[worker.name]
-        result.append(replace(worker, name=f"{worker.name}-{number}") if number > 1 else worker)
-    return result
-
-
-def _with_priorities(workers: Sequence[TypeProposal], partitions: Sequence[PartitionFacts]) -> list[TypeProposal]:
-    """Of partitions that hold the same nodes, prefer the one that was named or listed first."""
+def _second_choices(partitions: Sequence[PartitionFacts]) -> set[str]:
+    """Return the partitions with nodes that are also in one that was named or listed before."""
     owner: dict[str, str] = {}
     for partition in partitions:
         for name in _names(partition):
             owner.setdefault(name, partition.name)
-    second = {p.name for p in partitions if any(owner[name] != p.name for name in _names(p))}
-    return [replace(worker, priority=-1 if worker.sbatch["partition"].value in second else 0) for worker in workers]
+    return {p.name for p in partitions if any(owner[name] != p.name for name in _names(p))}

@@ -6,18 +6,13 @@ import getpass
 import grp
 import os
 import re
-import socket
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.slurm import parse
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.client import SlurmClient
 
 # Nodes of one order have a little more or less memory: such are one kind.
 _SAME_MEMORY = 1.1
@@ -26,80 +21,38 @@ _ACCOUNT_VARIABLES = ("SBATCH_ACCOUNT", "SLURM_ACCOUNT", "SALLOC_ACCOUNT")
 
 @dataclass(frozen=True)
 class NodeKind:
-    """SLURM nodes of a partition that are alike.
+    """SLURM nodes of a partition that are alike."""
 
-    Attributes:
-        cpus: CPUs that jobs can have on each.
-        memory_mib: Memory that jobs can have on each, MiB; of slightly different ones the least. 0 when SLURM does
-            not know it.
-        gpus: GPUs of each.
-        gpu_type: Their type; "" when it is not given.
-        names: The nodes.
-        gone: How many of them are down or drained now.
-        features: Features that all of them have, for ``constraint``.
-    """
-
-    cpus: int
-    memory_mib: int
+    cpus: int  # of each, for jobs
+    memory_mib: int  # of each, for jobs; the least when they differ a little, 0 when SLURM does not know it
     gpus: int = 0
-    gpu_type: str = ""
+    gpu_type: str = ""  # "" when it is not given
     names: tuple[str, ...] = ()
-    gone: int = 0
-    features: tuple[str, ...] = ()
+    gone: int = 0  # how many are down or drained now
 
 
 @dataclass(frozen=True)
 class PartitionFacts:
-    """A partition, as somebody who wants to submit there sees it.
-
-    Attributes:
-        name: Its name.
-        is_default: Whether jobs go there that name none.
-        max_time_s: Longest time limit; None for no limit.
-        default_time_s: Time limit of jobs that ask for none; None when there is no such.
-        kinds: The kinds of nodes in it.
-        closed: Why nothing can be submitted there; "" when it can.
-        preempt_mode: What happens to its jobs when others want their nodes; "" when nothing does.
-    """
+    """A partition, as somebody who wants to submit there sees it."""
 
     name: str
     is_default: bool = False
-    max_time_s: int | None = None
-    default_time_s: int | None = None
+    max_time_s: int | None = None  # None: no limit
     kinds: tuple[NodeKind, ...] = ()
-    closed: str = ""
-    preempt_mode: str = ""
+    closed: str = ""  # why nothing can be submitted there; "" when it can
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A site.
-
-    Attributes:
-        cluster: SLURM's name of the cluster.
-        version: SLURM's version.
-        max_array_size: Largest index of a job array, plus one; 0 or 1 where there are none.
-        memory_tracked: Whether memory is handed out to jobs.
-        preempt_mode: What happens to jobs that are preempted.
-        partitions: The partitions, the default one first.
-        accounts: Accounts of this user, the default one first; empty where there is no accounting.
-        qos: Names of the QOS that this user may ask for.
-        partition_accounts: Accounts that partitions name.
-        groups: This user's groups, the first one first.
-        addresses: NodeAddr of the nodes.
-    """
+    """A site."""
 
     cluster: str
     version: str
-    max_array_size: int
-    memory_tracked: bool
-    preempt_mode: str
-    partitions: tuple[PartitionFacts, ...]
-    accounts: tuple[str, ...] = ()
-    qos: tuple[str, ...] = ()
-    partition_accounts: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    addresses: tuple[str, ...] = ()
+    memory_tracked: bool  # whether memory is handed out to jobs
+    partitions: tuple[PartitionFacts, ...]  # the default one first
+    accounts: tuple[str, ...] = ()  # this user's, the default one first; empty where there is no accounting
+    qos: tuple[str, ...] = ()  # which this user may ask for
+    addresses: tuple[str, ...] = ()  # NodeAddr of the nodes
 
     @property
     def open_partitions(self) -> list[PartitionFacts]:
@@ -109,12 +62,9 @@ class Survey:
 
 @dataclass(frozen=True)
 class _Person:
-    name: str
-    groups: tuple[str, ...] = ()
-    accounts: tuple[str, ...] = ()
-    qos: tuple[str, ...] = ()
-    host: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
-    is_root: bool = False
+    groups: Sequence[str]
+    accounts: tuple[str, ...]
+    qos: tuple[str, ...]
 
 
 def usual_account(environ: Mapping[str, str]) -> str:
@@ -134,35 +84,25 @@ def take_survey(slurm: SlurmClient) -> Survey:
     config = slurm.configuration()
     nodes = slurm.nodes()
     person = _person(slurm)
-    partitions = slurm.partitions().values()
-    facts = [_partition(entry, nodes, person) for entry in partitions]
-    named = [entry.get("AllowAccounts", "ALL") for entry in partitions]
-    selection = config.get("SelectTypeParameters", "").upper()
-    array = config.get("MaxArraySize", "0")
+    partitions = [_partition(facts, nodes, person) for facts in slurm.partitions().values()]
     return Survey(
         cluster=config.get("ClusterName", ""),
         version=config.get("SLURM_VERSION", ""),
-        max_array_size=int(array) if array.isdigit() else 0,
-        memory_tracked="MEMORY" in selection,
-        preempt_mode=config.get("PreemptMode", "OFF"),
-        partitions=tuple(sorted(facts, key=lambda partition: not partition.is_default)),
+        memory_tracked="MEMORY" in config.get("SelectTypeParameters", "").upper(),
+        partitions=tuple(sorted(partitions, key=lambda partition: not partition.is_default)),
         accounts=person.accounts,
         qos=person.qos,
-        partition_accounts=tuple(name for names in named if names != "ALL" for name in names.split(",")),
-        groups=person.groups,
-        addresses=tuple(dict.fromkeys(entry["NodeAddr"] for entry in nodes if entry.get("NodeAddr"))),
+        addresses=tuple(dict.fromkeys(node["NodeAddr"] for node in nodes if node.get("NodeAddr"))),
     )
 
 
 def _person(slurm: SlurmClient) -> _Person:
-    name = getpass.getuser()
     accounts: tuple[str, ...] = ()
     qos: tuple[str, ...] = ()
     # There may be no database, or it is away, or closed to users: the partitions still tell who may submit.
     with suppress(SlurmError):
-        accounts, qos = slurm.associations(name)
-    groups = tuple(_group_name(number) for number in dict.fromkeys([os.getgid(), *os.getgroups()]))
-    return _Person(name, groups, accounts, qos, is_root=os.getuid() == 0)
+        accounts, qos = slurm.associations(getpass.getuser())
+    return _Person([_group_name(number) for number in {os.getgid(), *os.getgroups()}], accounts, qos)
 
 
 def _group_name(number: int) -> str:
@@ -174,45 +114,33 @@ def _group_name(number: int) -> str:
 
 def _partition(facts: Mapping[str, str], nodes: list[dict[str, str]], person: _Person) -> PartitionFacts:
     name = facts["PartitionName"]
-    members = [node for node in nodes if name in node.get("Partitions", "").split(",")]
-    kinds = _kinds(members, facts)
+    kinds = _kinds([node for node in nodes if name in node.get("Partitions", "").split(",")], facts)
     return PartitionFacts(
         name=name,
         is_default=facts.get("Default") == "YES",
         max_time_s=_time(facts.get("MaxTime")),
-        default_time_s=_time(facts.get("DefaultTime")),
         kinds=kinds,
         closed=_why_closed(facts, person) or ("" if kinds else "it has no nodes"),
-        preempt_mode="" if facts.get("PreemptMode", "OFF") == "OFF" else facts["PreemptMode"],
     )
 
 
 def _why_closed(facts: Mapping[str, str], person: _Person) -> str:
-    state = facts.get("State", "UP")
-    plain = {
-        f"it is {state}": state != "UP",
-        "root may not submit there": person.is_root and facts.get("DisableRootJobs") == "YES",
-        "only root may submit there": facts.get("RootOnly") == "YES" and not person.is_root,
-        "it needs a reservation": facts.get("ReqResv") == "YES",
-        "it allows no nodes": facts.get("MaxNodes") == "0",
-    }
-    return next((reason for reason, holds in plain.items() if holds), "") or _for_whom(facts, person)
-
-
-def _for_whom(facts: Mapping[str, str], person: _Person) -> str:
+    """Return why this user cannot submit to a partition. What is not looked at here, sbatch says."""
+    state, is_root = facts.get("State", "UP"), os.getuid() == 0
+    if state != "UP":
+        return f"it is {state}"
+    if facts.get("RootOnly") == "YES" and not is_root:
+        return "only root may submit there"
+    if facts.get("ReqResv") == "YES":
+        return "it needs a reservation"
     for key, mine, what in (
-        ("AllowGroups", frozenset(person.groups), "groups"),
-        ("AllowAccounts", frozenset(person.accounts), "accounts"),
-        ("AllowQos", frozenset(person.qos), "QOS"),
-        ("AllocNodes", frozenset({person.host}), "hosts"),
+        ("AllowGroups", [] if is_root else person.groups, "groups"),  # SLURM asks root for none
+        ("AllowAccounts", person.accounts, "accounts"),
+        ("AllowQos", person.qos, "QOS"),
     ):
         allowed = facts.get(key, "ALL")
         # Without accounting nobody knows one's accounts, and SLURM does not ask for them.
-        if not mine or allowed.upper() == "ALL" or (key == "AllocNodes" and "[" in allowed):
-            continue
-        if key == "AllowGroups" and person.is_root:
-            continue
-        if not mine & set(allowed.split(",")):
+        if mine and allowed.upper() != "ALL" and not set(mine) & set(allowed.split(",")):
             return f"it is for the {what} {allowed}"
     return ""
 
@@ -221,32 +149,29 @@ def _kinds(members: list[dict[str, str]], partition: Mapping[str, str]) -> tuple
     """Group nodes that are alike; those with GPUs last, smaller ones first."""
     groups: dict[tuple[int, int, str], list[tuple[int, dict[str, str]]]] = {}
     for node in members:
-        gpus, gpu_type = _gpus(node)
-        cpus = _number(node.get("CPUEfctv") or node.get("CPUTot"))
-        cpus = _at_most(cpus, partition.get("MaxCPUsPerNode"))
-        memory = _number(node.get("RealMemory")) - _number(node.get("MemSpecLimit"))
-        memory = _at_most(memory, partition.get("MaxMemPerNode"))
-        if partition.get("MaxMemPerCPU", "").isdigit():
-            memory = min(memory, cpus * int(partition["MaxMemPerCPU"]))
-        # 1 MiB is what SLURM takes for nodes whose memory nobody has told it.
-        groups.setdefault((cpus, gpus, gpu_type), []).append((memory if memory > 1 else 0, node))
-    kinds = [
-        _kind(key, batch) for key, members_ in groups.items() if key[0] > 0 for batch in _of_similar_memory(members_)
-    ]
+        cpus = _at_most(_number(node.get("CPUEfctv") or node.get("CPUTot")), partition.get("MaxCPUsPerNode"))
+        if cpus > 0:
+            groups.setdefault((cpus, *_gpus(node)), []).append((_memory_mib(node, cpus, partition), node))
+    kinds = [_kind(key, batch) for key, members_ in groups.items() for batch in _of_similar_memory(members_)]
     return tuple(sorted(kinds, key=lambda kind: (kind.gpus > 0, kind.cpus, kind.memory_mib, kind.gpus, kind.gpu_type)))
+
+
+def _memory_mib(node: Mapping[str, str], cpus: int, partition: Mapping[str, str]) -> int:
+    memory = _number(node.get("RealMemory")) - _number(node.get("MemSpecLimit"))
+    memory = _at_most(memory, partition.get("MaxMemPerNode"))
+    memory = min(memory, cpus * _number(partition.get("MaxMemPerCPU")) or memory)
+    # 1 MiB is what SLURM takes for nodes whose memory nobody has told it.
+    return memory if memory > 1 else 0
 
 
 def _kind(key: tuple[int, int, str], members: list[tuple[int, dict[str, str]]]) -> NodeKind:
     cpus, gpus, gpu_type = key
-    features = [node.get("AvailableFeatures", "").split(",") for _, node in members]
-    common = [name for name in features[0] if name not in {"", "(null)"} and all(name in other for other in features)]
     return NodeKind(
         cpus=cpus,
         memory_mib=members[0][0],
         gpus=gpus,
         gpu_type=gpu_type,
         names=tuple(node.get("NodeName", "") for _, node in members),
-        features=tuple(common),
         gone=sum(bool(parse.OUT_OF_SERVICE.search(node.get("State", ""))) for _, node in members),
     )
 

@@ -17,7 +17,6 @@ import pytest
 import yaml
 from support import RAY_SLURM, UserCluster, tasks_script, user_environment
 
-from ray_slurm_provider.deployment.document import template_names
 from ray_slurm_provider.sandbox.layout import read_layout
 from ray_slurm_provider.sandbox.lifecycle import Sandbox
 
@@ -122,6 +121,12 @@ class Site:
         assert "Traceback" not in done.stderr
         return done
 
+    def tests(self):
+        """How often slurmctld was asked whether it would run a job."""
+        said = subprocess.run(["sdiag"], env=self.environ, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REQUEST_JOB_WILL_RUN\s.*count:(\d+)", said)
+        return int(found.group(1)) if found else 0
+
     def cluster(self):
         text = (self.directory / "ray-slurm.yaml").read_text()
         return UserCluster(self.directory, self.environ, yaml.safe_load(text), text=text)
@@ -194,8 +199,8 @@ def test_what_is_asked_for_is_written_and_nothing_is_overwritten(make_site, tmp_
         {**SHAPES["two-gpu-types"], "job_submit": LUA % ("if job_desc.account == nil then return 2045 end")}
     )
     del site.environ["SBATCH_ACCOUNT"]
-    # Nobody says which account: as on many sites it is called like the group.
-    assert "account=root" in site.deploy("--yes", "-o", "-").stderr
+    # Nobody says which account, and no database knows.
+    assert "--account" in site.deploy("--yes", "-o", "-", code=1).stderr
     words = ("--yes", "--account", "chem", "--qos", "fast", "--partition", "gpu", "--time", "90", "--max-workers", "2")
     site.deploy(*words, "--setup", "module load 'cuda: 12'", "--setup", "true", "--head", "login-node")
     config = site.cluster().config
@@ -223,13 +228,10 @@ def test_what_is_asked_for_is_written_and_nothing_is_overwritten(make_site, tmp_
     assert (site.directory / "ray-slurm.yaml").read_text() == text
     site.deploy("--yes", "--account", "chem", "--force")
     assert set(site.cluster().config["available_node_types"]) == {"head", "cpu", "gpu-v100x2", "gpu-a100x4"}
-    for template in template_names():
-        site.deploy("--yes", "--account", "chem", "--template", template, "-o", f"{template}.yaml")
-    assert "tls: true" in (site.directory / "firewalled.yaml").read_text()
     for words, said in (
         (["--partition", "nosuch"], "there are cpu, gpu"),
         (["--time", "99-0"], "at most 7-00:00:00"),
-        (["--template", "nosuch"], "one of"),
+        (["--template", "gpu"], "copy a template from"),
         (["--cluster-name", "a b"], "cannot name a cluster"),
         (["-o", "/proc/x/y.yaml"], "cannot be written"),
     ):
@@ -289,11 +291,14 @@ def test_a_site_that_refuses_everything_is_told_in_its_own_words(make_site):
     site = make_site(SHAPES["required-account-and-meddling"])
     del site.environ["SBATCH_ACCOUNT"]
     said = site.deploy("--yes", code=1).stderr
+    assert 1 < site.tests() <= 20
     assert "*** Welcome ***; allocation failure: Invalid account" in said
     assert "--account" in said
     assert not (site.directory / "ray-slurm.yaml").exists()
+    before = site.tests()
     site.deploy("--yes", "--account", "physics")
     cluster = site.cluster()
+    assert site.tests() - before == len(cluster.config["available_node_types"])
     cluster.text = cluster.text.replace("physics", "other")
     findings = json.loads(cluster.ray_slurm("check", "--fast", "--json", cluster.write(), check=False).stdout)
     assert "Invalid account" in next(f for f in findings if f["level"] == "failure")["text"]
