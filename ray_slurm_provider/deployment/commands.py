@@ -71,13 +71,13 @@ def _refused(_context: click.Context, _option: click.Parameter, values: tuple[st
 @click.option("--max-time", "--require", "--forbid", hidden=True, multiple=True, expose_value=False, callback=_refused)
 def deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, **answers: Any) -> None:
     """Ask SLURM what this site has, and write a cluster YAML for it."""
+    if answers["template"] is not None:
+        raise DeployError(f"deploy takes no --template: copy a template from {template_directory()} and edit it")
     with without_site_file() if for_site else nullcontext():
         _deploy(yes=yes, for_site=for_site, output=output, force=force, answers=answers)
 
 
 def _deploy(*, yes: bool, for_site: bool, output: str | None, force: bool, answers: dict[str, Any]) -> None:
-    if answers["template"] is not None:
-        raise DeployError(f"deploy takes no --template: copy a template from {template_directory()} and edit it")
     from ray_slurm_provider.deployment import deploy as deployment  # noqa: PLC0415 imports Ray, which takes a second
 
     ours = settings_of({"provider": {"slurm": {"slurm_bin": answers["slurm_bin"]} if answers["slurm_bin"] else {}}})

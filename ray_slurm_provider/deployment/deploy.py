@@ -14,7 +14,6 @@ import yaml
 from ray_slurm_provider.agent import network
 from ray_slurm_provider.bootstrap import resolve_written
 from ray_slurm_provider.cluster_yaml import settings_of
-from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.deployment.document import cluster_document, node_type_lines
 from ray_slurm_provider.deployment.probing import MOST_QUESTIONS, Prober, fit, moving, possible_changes
 from ray_slurm_provider.deployment.proposal import HEAD, Proposal, TypeProposal, Wishes, propose
@@ -72,7 +71,8 @@ def make_cluster_yaml(
     if max_nodes is not None:
         is_job = bool(proposal.heads[0].sbatch)
         proposal = replace(proposal, max_workers=min(proposal.max_workers, max_nodes - is_job))
-    prober = Prober(_settings(settings), wishes.cluster_name, environ)
+    section = {name: value for name, (value, _) in settings.items()}
+    prober = Prober(settings_of({"provider": {"slurm": section}}), wishes.cluster_name, environ)
     proposal = _fitted(survey, proposal, prober)
     for note in proposal.notes:
         tell(note)
@@ -110,10 +110,6 @@ def write_file(path: Path, text: str, *, force: bool) -> None:
         write_atomically(path, text, mode=0o644)
     except OSError as error:
         raise DeployError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def _settings(settings: Mapping[str, tuple[Any, str]]) -> SlurmSettings:
-    return settings_of({"provider": {"slurm": {name: value for name, (value, _) in settings.items()}}})
 
 
 def _knows_priority() -> bool:

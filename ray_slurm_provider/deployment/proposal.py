@@ -95,17 +95,7 @@ def propose(survey: Survey, wishes: Wishes) -> Proposal:
         )
     homes = [] if wishes.head == "login_node" else sorted(partitions, key=_rank_for_head)
     heads = [_head(survey, partition, wishes) for partition in homes] or [_LOGIN_NODE_HEAD]
-    near_head = set(_names(homes[0])) if homes else set()
-    second = _second_choices(partitions)
-    kinds = [(partition, kind) for partition in partitions for kind in partition.kinds]
-    workers = [
-        replace(
-            _worker(survey, partition, kind, wishes, beside_head=not near_head.isdisjoint(_names(partition))),
-            name=name,
-            priority=-1 if partition.name in second else 0,
-        )
-        for (partition, kind), name in zip(kinds, _type_names(partitions), strict=True)
-    ]
+    workers = _workers(survey, partitions, wishes, near_head=set(_names(homes[0])) if homes else set())
     total = sum(worker.max_workers for worker in workers)
     most = wishes.max_workers if wishes.max_workers is not None else min(total, _MAX_WORKERS)
     if homes and (homes[0].max_time_s or _HEAD_TIME_S) < 3600:
@@ -146,6 +136,21 @@ def _head(survey: Survey, partition: PartitionFacts, wishes: Wishes) -> TypeProp
         "time": Option(format_time(time_s), f"the cluster ends with its head; {_allowed(partition)}"),
     }
     return TypeProposal(HEAD, "a job too; it lives as long as the cluster, and runs no tasks", sbatch)
+
+
+def _workers(
+    survey: Survey, partitions: Sequence[PartitionFacts], wishes: Wishes, *, near_head: set[str]
+) -> list[TypeProposal]:
+    second = _second_choices(partitions)
+    workers = [
+        _worker(survey, partition, kind, wishes, beside_head=not near_head.isdisjoint(_names(partition)))
+        for partition in partitions
+        for kind in partition.kinds
+    ]
+    return [
+        replace(worker, name=name, priority=-1 if worker.sbatch["partition"].value in second else 0)
+        for worker, name in zip(workers, _type_names(partitions), strict=True)
+    ]
 
 
 def _worker(

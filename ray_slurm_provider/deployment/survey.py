@@ -201,7 +201,7 @@ def _gpus(node: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _at_most(value: int, limit: str | None) -> int:
-    return min(value, int(limit)) if limit is not None and limit.isdigit() and int(limit) else value
+    return min(value, _number(limit) or value)
 
 
 def _number(text: str | None) -> int:
@@ -209,9 +209,7 @@ def _number(text: str | None) -> int:
 
 
 def _time(text: str | None) -> int | None:
-    if text is None or text in {"NONE", "UNLIMITED", "INFINITE"}:
-        return None
     try:
-        return parse.parse_time_s(text)
+        return parse.parse_time_s(text or "")
     except ValueError:
         return None
