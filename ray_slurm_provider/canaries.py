@@ -1,236 +1,262 @@
 """Sends a small job to where each node type would run, and has it look around.
 
-What a login node cannot know is asked there: whether the directory is really shared, whether hosts reach each other,
-whether the same software is found.
+What a login node cannot know is asked there. The jobs judge for themselves (`agent/canary`); added here is whether
+they start and report, and whether hosts reach each other and agree on the time.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.agent import network
-from ray_slurm_provider.agent.canary import CONNECT_S, CanaryPaths, CanaryReport, ask_time, listen
-from ray_slurm_provider.canary_findings import LOGIN, Canary, NodeTypeJob, what_they_found
+from ray_slurm_provider.agent.canary import GREETING, LOCK, PEERS, STOP, WORKER_SCRIPT, ProbeReport, report_path
+from ray_slurm_provider.agent.host_checks import CONNECT_S, ask_time, versions
+from ray_slurm_provider.birth_certificate import new_token
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import log_tail
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
-from ray_slurm_provider.files import read_json_object, write_atomically, write_json
-from ray_slurm_provider.findings import FAILURE, WARNING, Finding
+from ray_slurm_provider.files import write_atomically, write_json
+from ray_slurm_provider.findings import FAILURE, OK, WARNING, Finding
+from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
+from ray_slurm_provider.slurm.types import Job
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from ray_slurm_provider.config import NodeConfig, SlurmSettings
-    from ray_slurm_provider.slurm.client import SlurmClient
-    from ray_slurm_provider.slurm.types import Job
-
-_CANARY_TIME_S = 600
+_PROBE_TIME_S = 600
 _ASK_S = 1.0
 _REACH_S = 30.0
 _GO_S = 15.0
+_CLOCK_S = 1.0
+_REPORT = TypeAdapter(ProbeReport)
+# The name of the login node among the node types that are to be reached.
+_THIS_HOST = "this host"
+
+
+class NodeType(NamedTuple):
+    """A node type of the YAML, with its resolved configuration."""
+
+    name: str
+    config: NodeConfig
+    is_head: bool
+
+
+@dataclass
+class ProbeJob:
+    """A job that looks around where a node of some type would run."""
+
+    name: str  # the node type
+    job_id: str
+    report: ProbeReport | None = None
+    offset_s: float | None = None  # by how much its clock is ahead of ours; None when we do not reach it
+
+    def read_report(self, root: Path) -> None:
+        """Take what it says, if it has said so yet; the file may hold anything, and then that is what was found."""
+        try:
+            self.report = _REPORT.validate_json(report_path(root, self.job_id).read_bytes(), strict=True)
+        except OSError:
+            return
+        except ValidationError as error:
+            first = error.errors()[0]
+            text = f"its report is not understood here: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            advice = "the same ray-slurm-provider on all hosts: provider.slurm.python, or setup commands"
+            self.report = ProbeReport(f"job {self.job_id}", "", 0, [Finding("probe job", FAILURE, text, advice)])
 
 
 def look_around(
-    settings: SlurmSettings, kinds: Sequence[NodeTypeJob], environ: Mapping[str, str], wait_s: float
+    settings: SlurmSettings,
+    types: Sequence[NodeType],
+    environ: Mapping[str, str],
+    wait_s: float,
+    login: tuple[str, int] | None,
 ) -> Iterator[Finding]:
-    """Yield what canaries of all node types find.
+    """Yield what probe jobs of all node types find, and those that do not start within `wait_s` seconds.
 
-    Args:
-        settings: ``provider.slurm``.
-        kinds: The node types.
-        environ: The environment that jobs start with.
-        wait_s: How long to wait for jobs to start, seconds.
-
-    Raises:
-        SlurmError: SLURM does not answer.
-        StateError: The directory cannot be used.
+    `login` is where this host listens as a head would; None when the head is a job.
     """
     cluster = Cluster(f".check-{secrets.token_hex(3)}", settings, environ)
-    slurm = cluster.slurm_client()
-    paths = CanaryPaths(cluster.directory.root)
-    word = secrets.token_hex(8)
-    canaries: list[Canary] = []
-    with _in_a_directory_of_its_own(cluster), _cleared_away(slurm, paths, canaries), FileLock(paths.lock):
-        write_atomically(paths.greeting, word)
-        worker = next((kind for kind in kinds if not kind.is_head), None)
-        if worker is not None:
-            write_atomically(paths.worker_script, cluster.canary(worker.name, _brief(worker.config), head=False))
-        for kind in kinds:
-            script = cluster.canary(kind.name, _brief(kind.config), head=kind.is_head)
-            try:
-                canaries.append(Canary(kind, slurm.submit(script, environ)))
-            except SubmitRejected as error:
-                limited = error.not_now
-                yield Finding(
-                    f"canary of {kind.name}",
-                    WARNING if limited else FAILURE,
-                    f"sbatch refuses it: {error.complaint}",
-                    "you have as many jobs as the site allows; try again later" if limited else "ask the site",
-                )
-        _wait_for_reports(slurm, paths, canaries, wait_s)
-        yield from _those_without_report(cluster, slurm, canaries)
-        here = [canary for canary in canaries if canary.report is not None]
-        if here:
-            yield from _comments(slurm.jobs(), here, settings)
-            login = _login_address(settings, slurm, kinds)
-            _let_them_meet(slurm, paths, here, login)
-            yield from what_they_found(here, word, login)
+    slurm, root, token = cluster.slurm_client(), cluster.directory.root, new_token()
+    jobs: list[ProbeJob] = []
+    with ExitStack() as stack:
+        stack.callback(_remove_directory, cluster, state_dir_existed=root.parent.exists())
+        cluster.directory.prepare()
+        stack.callback(_clear_away, slurm, root, jobs)
+        stack.enter_context(FileLock(root / LOCK))
+        write_json(root / GREETING, {"token": token, "boot_id": procfs.boot_id(), "versions": versions()})
+        scripts = {
+            kind.name: cluster.canary(kind.name, _brief(kind.config), token, head=kind.is_head) for kind in types
+        }
+        workers = [scripts[kind.name] for kind in types if not kind.is_head]
+        if workers:
+            write_atomically(root / WORKER_SCRIPT, workers[0])
+        yield from _submit(slurm, scripts, environ, jobs)
+        left = _wait_for_reports(slurm, root, jobs, wait_s)
+        yield from (_why_silent(cluster, job, token, left.get(job.job_id)) for job in jobs if job.report is None)
+        if any(job.report for job in jobs):
+            yield from _check_comments(settings, slurm, jobs)
+            yield from findings_of(jobs, _let_them_meet(slurm, root, jobs, login))
 
 
-@contextmanager
-def _in_a_directory_of_its_own(cluster: Cluster) -> Iterator[None]:
-    """Make the directory of the check, and leave nothing behind."""
-    state_dir = cluster.directory.root.parent
-    existed = state_dir.exists()
-    cluster.directory.prepare()
-    try:
-        yield
-    finally:
-        with suppress(SlurmProviderError, OSError):
-            cluster.directory.remove()
-            if not existed:
-                state_dir.rmdir()
+def _remove_directory(cluster: Cluster, *, state_dir_existed: bool) -> None:
+    with suppress(SlurmProviderError, OSError):
+        cluster.directory.remove()
+        if not state_dir_existed:
+            cluster.directory.root.parent.rmdir()
 
 
-@contextmanager
-def _cleared_away(slurm: SlurmClient, paths: CanaryPaths, canaries: list[Canary]) -> Iterator[None]:
-    """Let the canaries go, and end those that do not."""
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            paths.stop.touch()
-        ids = {canary.job_id for canary in canaries}
+def _clear_away(slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob]) -> None:
+    """Let the jobs go, and end those that do not."""
+    ids = {job.job_id for job in jobs}
 
-        def gone() -> bool:
-            return not any(job.job_id in ids and (job.alive or job.state.label == "COMPLETING") for job in slurm.jobs())
+    def gone() -> bool:
+        return not any(row.job_id in ids and (row.alive or row.state.label == "COMPLETING") for row in slurm.jobs())
 
-        with suppress(SlurmError):
-            slurm.cancel([canary.job_id for canary in canaries if canary.report is None])
-            if ids and not procfs.wait_until(gone, _GO_S, poll_s=0.5):
-                slurm.cancel(ids)
+    with suppress(OSError):
+        (root / STOP).touch()
+    with suppress(SlurmError):
+        slurm.cancel([job.job_id for job in jobs if job.report is None])
+        if ids and not procfs.wait_until(gone, _GO_S, poll_s=0.5):
+            slurm.cancel(ids)
+
+
+def _submit(
+    slurm: SlurmClient, scripts: Mapping[str, str], environ: Mapping[str, str], jobs: list[ProbeJob]
+) -> Iterator[Finding]:
+    """Submit the scripts of node types, their jobs into the list; yield those that are refused."""
+    for name, script in scripts.items():
+        try:
+            jobs.append(ProbeJob(name, slurm.submit(script, environ)))
+        except SubmitRejected as error:  # noqa: PERF203 a job each
+            check, text = f"probe job of {name}", f"sbatch refuses it: {error.complaint}"
+            if error.not_now:
+                yield Finding(check, WARNING, text, "you have as many jobs as the site allows; try again later")
+            else:
+                yield Finding(check, FAILURE, text, "ask the site")
 
 
 def _brief(config: NodeConfig) -> NodeConfig:
     """Return the same node for a short time: it starts sooner."""
     wanted = parse_time_s(config.sbatch.time) if config.sbatch.time else None
-    time_s = _CANARY_TIME_S if wanted is None else min(wanted, _CANARY_TIME_S)
+    time_s = _PROBE_TIME_S if wanted is None else min(wanted, _PROBE_TIME_S)
     return config.model_copy(update={"sbatch": config.sbatch.model_copy(update={"time": format_time(time_s)})})
 
 
-def _wait_for_reports(slurm: SlurmClient, paths: CanaryPaths, canaries: list[Canary], wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    next_question = 0.0
+def _wait_for_reports(slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob], wait_s: float) -> Mapping[str, Job]:
+    """Wait for the reports; return the jobs that have not ended."""
+    alive: dict[str, Job] = {}
+    deadline, next_question = time.monotonic() + wait_s, 0.0
     while True:
-        for canary in canaries:
-            found = read_json_object(paths.report(canary.job_id)) if canary.report is None else None
-            if found is not None:
-                canary.report = CanaryReport(**found)
-        missing = [canary for canary in canaries if canary.report is None and not canary.ended]
-        if not missing:
-            return
         now = time.monotonic()
         if now >= next_question:
+            alive = {row.job_id: row for row in slurm.jobs() if row.alive}
             next_question = now + _ASK_S
-            jobs = {job.job_id: job for job in slurm.jobs()}
-            for canary in missing:
-                job = jobs.get(canary.job_id)
-                # A report that was written just before the end is read in the next round.
-                canary.ended = (job is None or not job.alive) and not paths.report(canary.job_id).exists()
-                canary.waits_for = job.reason if job is not None and job.queued else ""
+        for job in jobs:
+            # After the question: what a job has written just before its end counts.
+            if job.report is None:
+                job.read_report(root)
+        awaited = [alive[job.job_id] for job in jobs if job.report is None and job.job_id in alive]
         # A job that runs may still be setting itself up: it gets as long again.
-        running = any(not canary.waits_for for canary in missing)
-        if now > deadline + (wait_s if running else 0):
-            return
+        running = any(not row.queued for row in awaited)
+        if not awaited or now > deadline + (wait_s if running else 0):
+            return alive
         time.sleep(0.1)
 
 
-def _those_without_report(cluster: Cluster, slurm: SlurmClient, canaries: list[Canary]) -> Iterator[Finding]:
-    for canary in canaries:
-        if canary.report is not None:
-            continue
-        check = f"canary of {canary.name}"
-        if not canary.ended:
-            why = (
-                f"is still queued: {in_words(canary.waits_for)}"
-                if canary.waits_for
-                else "runs, and has not reported yet"
-            )
-            level = FAILURE if waits_for_ever(canary.waits_for) else WARNING
-            yield Finding(check, level, f"job {canary.job_id} {why}", "--wait longer, or look at squeue")
-            continue
-        yield _how_it_ended(cluster, slurm, canary, check)
+def _why_silent(cluster: Cluster, job: ProbeJob, token: str, row: Job | None) -> Finding:
+    """Return why there is no report of a job; it has ended when there is no row of it."""
+    check = f"probe job of {job.name}"
+    if row is not None:
+        why = f"is still queued: {in_words(row.reason)}" if row.queued else "runs, and has not reported yet"
+        hopeless = row.queued and waits_for_ever(row.reason)
+        text, advice = f"job {job.job_id} {why}", "--wait longer, or look at squeue"
+        return Finding(check, FAILURE if hopeless else WARNING, text, advice)
+    slurm = cluster.slurm_client()
+    end = slurm.job_end(job.job_id)
+    host = slurm.job_facts(job.job_id).get("NodeList", "") or "its host"
+    log = cluster.log_of(f"{job.job_id}-{token}")
+    said = cluster.directory.reason(f"{job.job_id}-{token}") or " | ".join(log_tail(log, 3))
+    if said or log.exists():
+        text = f"job {job.job_id} ended on {host} ({end}): {said}"
+        return Finding(check, FAILURE, text, "the node would end so too")
+    text = f"job {job.job_id} ran on {host} ({end}), and nothing of it is to be seen in {cluster.directory.root}"
+    advice = "a provider.slurm.state_dir on a file system that login and compute nodes share"
+    return Finding(check, FAILURE, f"{text}: the directory is not shared", advice)
 
 
-def _how_it_ended(cluster: Cluster, slurm: SlurmClient, canary: Canary, check: str) -> Finding:
-    end = slurm.job_end(canary.job_id)
-    host = slurm.job_facts(canary.job_id).get("NodeList", "") or "its host"
-    nodes = sorted(cluster.directory.reports.nodes.glob(f"{canary.job_id}-*.reason"))
-    reason = cluster.directory.reason(nodes[0].stem) if nodes else ""
-    log = next(iter(sorted((cluster.directory.root / "logs").glob(f"{canary.job_id}-*.log"))), None)
-    if reason:
-        return Finding(check, FAILURE, f"job {canary.job_id} ended on {host}: {reason}", "the node would end so too")
-    if log is None:
-        return Finding(
-            check,
-            FAILURE,
-            f"job {canary.job_id} ran on {host} ({end}), and nothing of it is to be seen in {cluster.directory.root}:"
-            " the directory is not shared",
-            "a provider.slurm.state_dir on a file system that login and compute nodes share",
-        )
-    said = " | ".join(log_tail(log, 3))
-    return Finding(check, FAILURE, f"job {canary.job_id} ended on {host} ({end}): {said}", "the node would end so too")
-
-
-def _comments(jobs: Sequence[Job], canaries: Sequence[Canary], settings: SlurmSettings) -> Iterator[Finding]:
-    comments = {job.job_id: job.comment for job in jobs}
-    changed = [c.name for c in canaries if not comments.get(c.job_id, "ray-slurm:").startswith("ray-slurm:")]
+def _check_comments(settings: SlurmSettings, slurm: SlurmClient, jobs: Sequence[ProbeJob]) -> Iterator[Finding]:
+    comments = {row.job_id: row.comment for row in slurm.jobs()}
+    changed = [job.name for job in jobs if not comments.get(job.job_id, "ray-slurm:").startswith("ray-slurm:")]
     if settings.birth_record == "comment" and changed:
-        yield Finding(
-            "comment",
-            FAILURE,
-            f"the site changes the comment of jobs ({', '.join(changed)}), by which they are known",
-            "provider.slurm.birth_record: file",
-        )
-
-
-def _login_address(settings: SlurmSettings, slurm: SlurmClient, kinds: Sequence[NodeTypeJob]) -> tuple[str, int] | None:
-    """Listen where a head on the login node would, None when the head is a job."""
-    if any(kind.is_head for kind in kinds):
-        return None
-    try:
-        address = network.choose_login_address(settings.interface or "", slurm.node_addresses)
-        return address, listen(address, settings.ports.services or "")
-    except (OSError, ValueError):
-        return None  # the check of the address tells
+        text = f"the site changes the comment of jobs ({', '.join(changed)}), by which they are known"
+        yield Finding("comment", FAILURE, text, "provider.slurm.birth_record: file")
 
 
 def _let_them_meet(
-    slurm: SlurmClient, paths: CanaryPaths, canaries: Sequence[Canary], login: tuple[str, int] | None
-) -> None:
-    """Have everybody connect to everybody, and this host to all."""
-    peers: dict[str, tuple[str, int]] = {
-        c.job_id: (c.report.address, c.report.port) for c in canaries if c.report is not None and c.report.port
-    }
+    slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob], login: tuple[str, int] | None
+) -> dict[str, tuple[str, int]]:
+    """Have everybody connect to everybody, and this host to all; return where each listens."""
+    listening = {job.name: job for job in jobs if job.report and job.report.port}
+    peers = {name: (job.report.address, job.report.port) for name, job in listening.items() if job.report}
     if login is not None:
-        peers[LOGIN] = login
-    write_json(paths.peers, peers)
-    for canary in canaries:
-        if canary.job_id in peers:
-            canary.offset_s = ask_time(*peers[canary.job_id])
+        peers[_THIS_HOST] = login
+    write_json(root / PEERS, peers)
+    for name, job in listening.items():
+        job.offset_s = ask_time(*peers[name])
 
     def all_met() -> bool:
-        for canary in canaries:
-            canary.reached = read_json_object(paths.reached(canary.job_id)) or canary.reached
-        alive = {job.job_id for job in slurm.jobs() if job.alive}
-        return all(canary.reached or len(peers) < 2 or canary.job_id not in alive for canary in canaries)
+        for job in listening.values():
+            job.read_report(root)
+        alive = {row.job_id for row in slurm.jobs() if row.alive}
+        return all((job.report and job.report.reached) or job.job_id not in alive for job in listening.values())
 
     procfs.wait_until(all_met, _REACH_S + CONNECT_S * len(peers), poll_s=0.5)
+    return peers
+
+
+def findings_of(jobs: Sequence[ProbeJob], peers: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
+    """Yield a line for each thing that is well with some node types, and one for each problem."""
+    reports = [(job, job.report) for job in jobs if job.report is not None]
+    yield Finding("probe jobs", OK, "ran: " + ", ".join(f"{job.name} on {report.host}" for job, report in reports))
+    found = [(job, report, finding) for job, report in reports for finding in report.findings]
+    found += [(job, report, finding) for job, report in reports for finding in _meeting(job, report, peers)]
+    for check in dict.fromkeys(finding.check for *_, finding in found):
+        fine = []
+        for job, report, finding in found:
+            if finding.check == check and finding.level == OK:
+                fine.append((job.name, finding.text))
+            elif finding.check == check:
+                text = f"{report.host}: {finding.text}"
+                yield Finding(f"{check} of {job.name}", finding.level, text, finding.advice)
+        if fine:
+            yield Finding(check, OK, f"{', '.join(name for name, _ in fine)}: {fine[0][1]}")
+
+
+def _meeting(job: ProbeJob, report: ProbeReport, peers: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
+    """Yield whether the host of a job and the others find each other, and the same time."""
+    if job.name not in peers:
+        return  # its address tells
+    problems = [] if job.offset_s is not None else [f"this host does not reach it at {report.address}"]
+    lost = [f"{name} at {address}" for name, (address, _) in peers.items() if report.reached.get(name) is None]
+    if not report.reached:
+        problems.append("it has not said in time whom it reaches")
+    elif lost:
+        problems.append(f"it does not reach {', '.join(lost)}")
+    if problems:
+        advice = "provider.slurm.interface for another network; provider.slurm.ports for what the firewall lets through"
+        yield Finding("connections", FAILURE, "; ".join(problems), advice)
+    else:
+        yield Finding("connections", OK, "reached from here, and by the others")
+    if job.offset_s is not None and not abs(job.offset_s) < _CLOCK_S:
+        text = f"its clock is {abs(job.offset_s):.0f} s {'ahead' if job.offset_s > 0 else 'behind'}"
+        yield Finding("clock", WARNING, text, "the admin: time synchronisation; munge refuses more than 300 s")
+    elif job.offset_s is not None:
+        yield Finding("clock", OK, f"less than {_CLOCK_S:g} s from this one")

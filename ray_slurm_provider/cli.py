@@ -71,7 +71,7 @@ def render(config: Path, node_type: str) -> None:
 @cli.command()
 @_yaml
 @click.option("--fast", is_flag=True, help="Submit nothing: ask this host and SLURM only.")
-@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait for the small jobs that look around.")
+@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait for the probe jobs to start.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 def check(config: Path, fast: bool, wait: float, as_json: bool) -> None:
     """Tell whether `ray up` will work; exit code 1 when it will not.

@@ -194,10 +194,10 @@ class Cluster:
             launch = replace(launch, head="HEAD", gcs_address="HEAD_ADDRESS:PORT")
         return preview_script(launch)
 
-    def canary(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
+    def canary(self, node_type: str, config: NodeConfig, token: str, *, head: bool) -> str:
         """Return the batch script of a job that looks around where a node of this type would run."""
         launch = self.launch(node_type, config, {TAG_TYPE: node_type}, {})
-        return canary_script(launch if head else replace(launch, head="HEAD"))
+        return canary_script(launch if head else replace(launch, head="HEAD"), token)
 
     def launch(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], environ: Mapping[str, str]) -> Launch:
         """Return a node of this cluster to be created, a head until more is said."""

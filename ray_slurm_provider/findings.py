@@ -1,26 +1,20 @@
-"""What a check found."""
+"""What a check found. Imports the standard library only: probe jobs report it, too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal
 
-OK, WARNING, FAILURE = "ok", "warning", "failure"
-# Ray wants more, and says so (docs.ray.io, "Ray cluster: ulimit").
-FEW_FILES = 4096
+OK: Final = "ok"
+WARNING: Final = "warning"
+FAILURE: Final = "failure"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """One line of `ray-slurm check`."""
 
-    Attributes:
-        check: What was looked at.
-        level: `OK`, `WARNING` or `FAILURE`.
-        text: What was found.
-        advice: What to do about it; "" when all is well.
-    """
-
-    check: str
-    level: str
+    check: str  # what was looked at
+    level: Literal["ok", "warning", "failure"]
     text: str
-    advice: str = ""
+    advice: str = ""  # what to do about it; "" when all is well

@@ -100,9 +100,9 @@ def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
         raise ConfigError(path, str(error), "a shorter cluster or type name") from error
 
 
-def canary_script(launch: Launch) -> str:
+def canary_script(launch: Launch, token: str) -> str:
     """Return the script of a job that only looks around (`agent/canary.py`), otherwise like the node's."""
-    spec = job_spec(launch, new_certificate(launch))
+    spec = job_spec(launch, new_certificate(launch, token))
     return render(replace(spec, module="ray_slurm_provider.agent.canary", wait_for_go=False, drain_s=0))
 
 

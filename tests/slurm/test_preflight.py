@@ -29,7 +29,7 @@ def _check(cluster, code, *words):
     return json.loads(done.stdout)
 
 
-def _canaries(cluster):
+def _probe_jobs(cluster):
     """The jobs of checks that are still there."""
     return [job for job in cluster.client.jobs() if job.alive and job.name.startswith("ray-.check")]
 
@@ -49,9 +49,10 @@ def test_a_good_yaml_passes_in_both_placements_and_leaves_nothing(make_cluster):
     assert any("could start at" in finding["text"] for finding in findings)
     cluster.config["available_node_types"]["head"] = {"node_config": {"placement": "login_node"}}
     findings = _check(cluster, 0)
-    assert any("workers connect to" in finding["text"] for finding in findings)
+    assert ("address", "Ray would use 127.0.0.1") in {(finding["check"], finding["text"]) for finding in findings}
+    assert {"home", "shared memory"} <= {finding["check"] for finding in _check(cluster, 0, "--fast")}
     assert {"shared directory", "file locks", "software", "connections", "clock"} <= {f["check"] for f in findings}
-    assert _canaries(cluster) == []
+    assert _probe_jobs(cluster) == []
     assert not cluster.root.parent.exists()
     text = cluster.ray_slurm("check", "--fast", cluster.yaml).stdout
     assert text.startswith("ok       yaml:")
@@ -149,7 +150,7 @@ def _defects_of_compute_nodes():
             module("sitecustomize.py", "import time\nnow = time.time\ntime.time = lambda: now() + 120\n"),
         ),
         ("SLURM in the job of head", "not here", tools_not_in_jobs),
-        ("canary of worker", "setup_commands[0] failed with exit code 3", _setup("(exit 3)")),
+        ("probe job of worker", "setup_commands[0] failed with exit code 3", _setup("(exit 3)")),
         ("address of head", "interface 'ib9' does not exist", set_slurm(interface="ib9")),
         ("temp_dir of worker", "/nowhere", set_slurm(temp_dir="/nowhere/$USER")),
         ("open files of head", "at most 100 open files per process", _setup("ulimit -n 100")),
@@ -167,7 +168,7 @@ def test_a_defect_of_compute_nodes_is_named(make_cluster, check, words, plant):
     found = {finding["check"]: finding for finding in findings if finding["level"] != "ok"}
     assert words in found[check]["text"], found
     assert found[check]["advice"]
-    assert _canaries(cluster) == []
+    assert _probe_jobs(cluster) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -176,13 +177,13 @@ def test_a_check_that_is_ended_leaves_no_job(make_cluster, number):
     worker = cluster.config["available_node_types"]["worker"]["node_config"]["sbatch"]
     worker["begin"] = "now+1hour"
     child = subprocess.Popen([*RAY_SLURM, "check", cluster.write()], env=cluster.environ, stdout=subprocess.DEVNULL)
-    wait_for(lambda: list(cluster.root.parent.glob(".check-*/*.found.json")), 30, "the head's canary")
+    wait_for(lambda: list(cluster.root.parent.glob(".check-*/*.found.json")), 30, "the head's probe job")
     child.send_signal(number)
     assert child.wait(30) != 0
-    wait_for(lambda: not [job for job in _canaries(cluster) if not job.queued], 30, "the end of the head's canary")
+    wait_for(lambda: not [job for job in _probe_jobs(cluster) if not job.queued], 30, "the end of the head's probe job")
     if number == signal.SIGKILL:
-        return cluster.client.cancel([job.job_id for job in _canaries(cluster)])
-    assert _canaries(cluster) == []
+        return cluster.client.cancel([job.job_id for job in _probe_jobs(cluster)])
+    assert _probe_jobs(cluster) == []
     assert not cluster.root.parent.exists()
     return None
 
@@ -192,9 +193,9 @@ def test_a_queue_is_no_failure_and_nothing_stays_in_it(make_cluster):
     _worker(cluster)["sbatch"]["begin"] = "now+1hour"
     findings = _check(cluster, 0, "--wait", "2")
     (finding,) = [finding for finding in findings if finding["level"] != "ok"]
-    assert (finding["check"], finding["level"]) == ("canary of worker", "warning")
+    assert (finding["check"], finding["level"]) == ("probe job of worker", "warning")
     assert "still queued: BeginTime" in finding["text"]
-    assert _canaries(cluster) == []
+    assert _probe_jobs(cluster) == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a slurmd with mounts of its own needs root")
@@ -217,7 +218,7 @@ def test_a_directory_that_is_not_shared_is_named(tmp_path):
         assert procfs.wait_until(lambda: box.status().healthy, 20)
         findings = _check(cluster, 1)
         (failure,) = [finding for finding in findings if finding["level"] == "failure"]
-        assert failure["check"] == "canary of worker"
+        assert failure["check"] == "probe job of worker"
         assert "the directory is not shared" in failure["text"]
         assert "c2" in failure["text"]
         assert any(finding["check"] == "shared directory" and "head" in finding["text"] for finding in findings)

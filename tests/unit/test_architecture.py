@@ -22,7 +22,6 @@ LAYERS = [
     {"deployment.probing", "deployment.document"},
     {"deployment.proposal"},
     {"deployment.survey", "deployment", "canaries"},
-    {"canary_findings"},
     {"bootstrap", "head_wait", "progress", "forward", "clusters", "node_logs", "tunnel", "sandbox.lifecycle"},
     {
         "ray_contract",
@@ -49,14 +48,14 @@ LAYERS = [
     {"sbatch_options"},
     {"fields"},
     {"launch_records"},
-    {"agent.supervisor"},
+    {"agent.supervisor", "agent.canary"},
     {"agent.place"},
     {
         "agent.head_watch",
         "agent.ray_command",
         "agent.temp_dirs",
         "agent.requests",
-        "agent.canary",
+        "agent.host_checks",
         "agent.keeper",
         "agent.monitor",
     },
@@ -78,7 +77,17 @@ LAYERS = [
     {"tls"},
     {"files", "procfs", "errors", "findings", "tls_certificates", "__init__"},
 ]
-STANDARD_LIBRARY_ONLY = ("agent", "slurm", "birth_certificate", "reports", "files", "procfs", "errors", "tls")
+STANDARD_LIBRARY_ONLY = (
+    "agent",
+    "slurm",
+    "birth_certificate",
+    "reports",
+    "files",
+    "procfs",
+    "errors",
+    "findings",
+    "tls",
+)
 
 
 def _modules():
