@@ -9,6 +9,7 @@
     head.json                   report of the head: address and ports
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
     nodes/<node id>.env         its environment, for commands that run there
+    nodes/<node id>.stop        asks the head to end;  <node id>.restart  to restart Ray; it removes them
     nodes/<token>.sh            script of a head on the login node
     ray_bootstrap_config.yaml   what Ray's autoscaler reads
     auth_token                  Ray's token, 0600

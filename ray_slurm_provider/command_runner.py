@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_slurm_provider.agent.requests import socket_path
 from ray_slurm_provider.backends.login_process import PREFIX, host_name
 from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.errors import HeadFailed
@@ -29,7 +28,7 @@ from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
 from ray_slurm_provider.progress import HeadProgress, queue_places
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, ray_command, readable
-from ray_slurm_provider.sessions import STOP_TAIL, on_the_node, submission
+from ray_slurm_provider.sessions import submission, with_stop
 from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
 
 if TYPE_CHECKING:
@@ -171,8 +170,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _restart(self, node: Node) -> None:
         """Have Ray started anew in the same job; its workers are new jobs, for they do not survive their head."""
         cli_logger.print("Restarting Ray in {}.", node.label)
-        command = f'"$RAY_SLURM_PYTHON" -m ray_slurm_provider.agent.ask {shlex.quote(self._agent_socket())} restart'
-        code, _ = run(self._shell(), command)
+        # Made there: a network file system may show it to another host a minute later.
+        sign = self._cluster.directory.reports.restart(self._node_id)
+        code, _ = run(self._shell(), f"touch {shlex.quote(str(sign))}")
         if code:
             raise HeadStartError("the node agent could not be asked to restart Ray")
         wait_for_restart(self._cluster, node)
@@ -190,7 +190,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         shell = self._shell()
         if self._command.name == "submit":
             cmd = submission(cmd, [self._command.options["script"], *self._command.options["script_args"]])
-        cmd = on_the_node(self._rewritten(cmd), self._agent_socket())
+        cmd = self._rewritten(cmd)
         terminal = not with_output and sys.stdin.isatty() and sys.stdout.isatty()
         code, output = run(shell, cmd, with_output=with_output, terminal=terminal)
         if code:
@@ -219,10 +219,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
             # srun knows an element of an array by its own number only.
             job_id = slurm.job_facts(job_id).get("JobId", job_id)
         return SrunShell(exports, slurm.tools.path_of("srun"), job_id, slurm.tools.cluster)
-
-    def _agent_socket(self) -> str:
-        report = self._cluster.directory.report(self._node_id)
-        return socket_path(report.temp_dir if report is not None else "", self._node_id)
 
     def _on_this_host(self) -> bool:
         return self._node_id.startswith(PREFIX) and self._cluster.last_seen(self._node_id).seen.place == host_name()
@@ -282,10 +278,10 @@ class SlurmCommandRunner(CommandRunnerInterface):
         return ""
 
     def _rewritten(self, cmd: str) -> str:
-        """Replace the paths that Ray's own commands name by those of this cluster."""
-        before, stop, after = cmd.partition(STOP_TAIL)
-        before = before.replace(f"~/{_BOOTSTRAP}", shlex.quote(str(self._cluster.directory.bootstrap_config)))
-        return self._with_our_paths(before) + stop + after
+        """Replace what Ray's own commands name by what this cluster has."""
+        directory = self._cluster.directory
+        cmd = with_stop(cmd, directory.reports.stop(self._node_id))
+        return self._with_our_paths(cmd.replace(f"~/{_BOOTSTRAP}", shlex.quote(str(directory.bootstrap_config))))
 
     def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)

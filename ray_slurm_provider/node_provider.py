@@ -214,6 +214,7 @@ class SlurmNodeProvider(NodeProvider):
         """Refuse a YAML with a mistake; Ray calls this second."""
         config = bootstrap.bootstrap(cluster_config)
         command = ray_command()
+        _refuse_sessions(command)
         if command.name == "up" or command.options.get("start"):
             bootstrap.check_file_mounts(config)
         if command.name != "up":
@@ -247,6 +248,17 @@ class SlurmNodeProvider(NodeProvider):
         except SlurmProviderError as error:
             logger.error("could not submit %d jobs of type %s: %s", count, node_type, error)  # noqa: TRY400 the text says it
             raise NodeLaunchException(error.launch_category, str(error), None) from error
+
+
+def _refuse_sessions(command: RayCommand) -> None:
+    """Refuse ``--tmux`` and ``--screen`` of exec, submit and attach."""
+    tool = next((name for name in ("tmux", "screen") if command.options.get(name)), "")
+    if tool:
+        raise click.ClickException(
+            f"--{tool} does not work here, because SLURM ends what a command has started together with the command;"
+            " for work that goes on without you, run"
+            f' `eval "$(ray-slurm env {shlex.quote(command.cluster_yaml)})"` and then `ray job submit --no-wait -- COMMAND`'
+        )
 
 
 def _drop_config_cache(path: str, command: RayCommand) -> None:

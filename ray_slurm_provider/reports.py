@@ -97,8 +97,12 @@ class ReportPaths(NamedTuple):
         return self.nodes / f"{token}.go"
 
     def stop(self, node_id: str) -> Path:
-        """The sign for a head on a login node to end, from another host."""
+        """The sign for a head to end, and the cluster with it."""
         return self.nodes / f"{node_id}.stop"
+
+    def restart(self, node_id: str) -> Path:
+        """The sign for a head to restart Ray."""
+        return self.nodes / f"{node_id}.restart"
 
     @property
     def head(self) -> Path:

@@ -9,7 +9,7 @@ cd "$clone"
 
 # shellcheck source=deploy/prerequisites.sh
 . deploy/prerequisites.sh
-install_prerequisites tmux:tmux screen:screen sshd:openssh-server ip:iproute2
+install_prerequisites sshd:openssh-server ip:iproute2
 
 if [ "${1:-}" = --ray ]; then
     version=${2:?--ray needs a version, for example 2.52.1}

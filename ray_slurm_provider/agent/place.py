@@ -1,4 +1,4 @@
-"""What a node takes on its host until it ends: a directory for Ray, ports, and a socket of its own."""
+"""What a node takes on its host until it ends: a directory for Ray, and ports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.agent import ports, ray_command
-from ray_slurm_provider.agent.requests import Requests, socket_path
 from ray_slurm_provider.agent.temp_dirs import StartLock, join_temp_dir, leave_temp_dir, make_temp_dir, sweep_temp_dirs
 
 if TYPE_CHECKING:
@@ -27,19 +26,15 @@ class Place:
     Args:
         spec: What the node shall be.
         node_id: Its id.
-        shell: File of the exports that commands on the node start with.
 
     Attributes:
         temp_dir: Ray's temporary directory; None while the place is not taken.
-        requests: The socket; None while the place is not taken.
     """
 
-    def __init__(self, spec: AgentSpec, node_id: str, shell: Path) -> None:
+    def __init__(self, spec: AgentSpec, node_id: str) -> None:
         self.temp_dir: Path | None = None
-        self.requests: Requests | None = None
         self._spec = spec
         self._node_id = node_id
-        self._shell = shell
         self._reserved: ports.Reservation | None = None
         self._start_lock: StartLock | None = None
 
@@ -60,14 +55,9 @@ class Place:
         self.temp_dir = self._take_temp_dir()
         names = ray_command.HEAD_PORTS if self._spec.is_head else ray_command.NODE_PORTS
         self._reserved = ports.reserve(names, self._spec.service_ports)
-        (self.temp_dir / ray_command.SCREEN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
-        self.requests = Requests(Path(socket_path(str(self.temp_dir), self._node_id)), self._shell)
 
     def give_back(self) -> None:
         """Give back what was taken."""
-        if self.requests is not None:
-            self.requests.close()
-            self.requests = None
         if self._reserved is not None:
             self._reserved.release()
             self._reserved = None

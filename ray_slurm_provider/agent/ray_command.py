@@ -80,7 +80,6 @@ HEAD_PORTS = (*_HEAD_FLAGS, "autoscaler_metrics", "dashboard_metrics", *NODE_POR
 WORKER_PORTS_BESIDES_TASKS = 6
 # The metrics pages tell everybody everything: no token protects them. This is no port, so nothing listens.
 _NO_METRICS = "-1"
-SCREEN_DIRECTORY = "screen"
 # `ray start` drains until a little before the end, so that its processes still end in order.
 _DRAIN_MARGIN_S = 10
 
@@ -222,10 +221,6 @@ def shell_environment(environ: Mapping[str, str], temp_dir: str, access: Mapping
     kept = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
     variables = {**CONNECTION_ENVIRONMENT, **kept, **access}
     variables[TEMP_DIR_VARIABLE] = temp_dir
-    variables["RAY_SLURM_PYTHON"] = sys.executable
-    # A tmux or screen session of this cluster is none of the user's others on this host.
-    variables["TMUX_TMPDIR"] = temp_dir
-    variables["SCREENDIR"] = f"{temp_dir}/{SCREEN_DIRECTORY}"
     # The caller's shell may be set up for another cluster.
     clean = 'unset "${!RAY_@}"\n'
     return clean + "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))

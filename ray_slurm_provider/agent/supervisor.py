@@ -11,7 +11,7 @@ waits for Ray's output, for signals and for time; there are no threads. What it 
 * on a head, Ray's autoscaler: it is started here, and again when it was killed.
 * on a worker, the head is positively gone: the job ends, and the cluster's other jobs are cancelled, for
   a head that was killed can no longer do that itself.
-* its own socket, on which commands on the node ask it to start a session, to restart Ray, or to end.
+* on a head, the files by which commands ask it to restart Ray, or to end (`reports.ReportPaths`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from ray_slurm_provider.agent.keeper import DirectoryKeeper
 from ray_slurm_provider.agent.monitor import Monitor
 from ray_slurm_provider.agent.pace import Pace
 from ray_slurm_provider.agent.place import Place
-from ray_slurm_provider.agent.requests import END, RESTART
 from ray_slurm_provider.agent.siblings import Siblings
 from ray_slurm_provider.agent.temp_dirs import sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
@@ -107,12 +106,13 @@ class Supervisor:
         self._keeper = DirectoryKeeper(spec.directory) if spec.is_head else None
         self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
-        self._place = Place(spec, self._node_id, self._paths.environment(self._node_id))
+        self._place = Place(spec, self._node_id)
         self._child: subprocess.Popen[bytes] | None = None
         self._raylet: procfs.Process | None = None
         self._tail = b""
         self._signals: list[int] = []
         self._draining = False
+        self._restarting = False
 
     def run(self) -> int:
         """Run the node to its end and return the job's exit code."""
@@ -225,7 +225,7 @@ class Supervisor:
         while True:
             reason, code = self._run_ray(command, environment, wakeup)
             attempts -= 1
-            restarting = self._restarting()
+            restarting, self._restarting = self._restarting and not self._signals, False
             if restarting:
                 logger.info("restarting Ray as asked; its workers do not survive that")
             elif attempts and self._lost_a_port():
@@ -240,10 +240,6 @@ class Supervisor:
             self._place.give_back()
             self._tail, self._raylet = b"", None
             command, environment = self._prepare()
-
-    def _restarting(self) -> bool:
-        asked = self._place.requests is not None and RESTART in self._place.requests.asked
-        return asked and self._spec.is_head and not self._signals
 
     def _lost_a_port(self) -> bool:
         taken = re.search(rb"[Aa]ddress already in use|port.{1,40} in use", self._tail)
@@ -266,8 +262,6 @@ class Supervisor:
         with selectors.DefaultSelector() as selector:
             selector.register(output, selectors.EVENT_READ, lambda stream: self._pump(stream, environment))
             selector.register(wakeup, selectors.EVENT_READ, kernel.drain_wakeup)
-            if self._place.requests is not None:
-                selector.register(self._place.requests.listener, selectors.EVENT_READ, self._place.requests.serve)
             while True:
                 for key, _ in selector.select(_LOOP_S):
                     if not key.data(key.fileobj):
@@ -337,15 +331,13 @@ class Supervisor:
         """Return why to end Ray, when somebody wants that."""
         if signal.SIGTERM in self._signals:
             return "the job was cancelled or reached its time limit"
-        if self._place.requests is None:
+        if not self._spec.is_head:
             return ""
-        self._place.requests.reap()
-        if self._restarting():
+        if _taken(self._paths.stop(self._node_id)):
+            return "it was asked to end, by `ray exec --stop` or from another host"
+        if not self._signals and _taken(self._paths.restart(self._node_id)):
+            self._restarting = True
             return "a restart was asked for"
-        if END in self._place.requests.asked:
-            return "the command of `ray exec --stop` has ended"
-        if self._spec.login_node and self._paths.stop(self._node_id).exists():
-            return "it was ended from another host"
         return ""
 
     # -- the end --------------------------------------------------------------------------------
@@ -425,3 +417,12 @@ class Supervisor:
         address = self._report.gcs_address or self._spec.gcs_address
         access |= {"RAY_ADDRESS": address, **self._tls_environment()}
         return ray_command.shell_environment(self._environ, self._report.temp_dir, access)
+
+
+def _taken(sign: Path) -> bool:
+    """Take a sign away, and tell whether it was there: what was done once is not done again."""
+    try:
+        sign.unlink()
+    except OSError:
+        return False
+    return True

@@ -249,30 +249,15 @@ def test_tasks_run_on_workers_and_not_on_the_head(cluster, tmp_path):
     assert f"own={worker['id']}" in terminal.seen
 
 
-@pytest.mark.parametrize("tool", ["tmux", "screen"])
-def test_a_session_outlives_the_command_and_has_the_clusters_environment(cluster, tmp_path, tool):
-    note = tmp_path / "it's here"
-    command = f'while [ ! -e {shlex.quote(str(tmp_path / "go"))} ]; do sleep 0.1; done; ray status && echo "$RAY_ADDRESS" > {shlex.quote(str(note))}'
-    done = _exec(cluster, command, f"--{tool}")
-    assert done.returncode == 0, done.stderr
-    # The command line has ended, and with it its step in the job.
-    (tmp_path / "go").touch()
-    wait_for(note.exists, 60, "the session's command")
-    assert wait_for(note.read_text, 5, "its words").strip() == cluster.access()["RAY_ADDRESS"]
-    assert f"ray attach {cluster.yaml} --{tool}" in done.stdout
-    with _Terminal(cluster, "attach", cluster.yaml, "--no-config-cache", f"--{tool}") as terminal:
-        terminal.write("echo address=$RAY_ADDRESS; echo attached=$((40+2))\n")
-        terminal.read_until("attached=42")
-
-
-def test_a_session_of_the_users_own_on_the_host_is_another_one(cluster, tmp_path):
-    environ = {**cluster.environ, "TMUX_TMPDIR": str(tmp_path)}
-    subprocess.run(["tmux", "new", "-d", "-s", "mine", "sleep 600"], env=environ, check=True)
-    try:
-        done = _exec(cluster, "tmux ls")
-        assert "mine" not in done.stdout
-    finally:
-        subprocess.run(["tmux", "kill-server"], env=environ, check=True)
+@pytest.mark.same_by_ssh
+def test_sessions_are_refused_with_another_way(cluster, tmp_path):
+    script = tmp_path / "s.py"
+    script.write_text("")
+    for words in (("exec", cluster.yaml, "--tmux", "true"), ("submit", "--screen", cluster.yaml, script)):
+        done = cluster.ray(*words, check=False)
+        assert done.returncode == 1
+        assert "ray job submit" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_port_is_forwarded_while_the_command_runs(cluster, tmp_path):
