@@ -59,7 +59,9 @@ def ready_head_report(cluster: Cluster) -> NodeReport:
     report = cluster.directory.head_report()
     ready = report is not None and report.phase == READY
     if report is None or not ready or _refuses(report):
-        raise StateError(f"cluster {cluster.name} has no head that answers; start it with `ray up`")
+        raise StateError(
+            cluster.lost_directory() or f"cluster {cluster.name} has no head that answers; start it with `ray up`"
+        )
     return report
 
 

@@ -130,6 +130,17 @@ class Cluster:
         """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head and node.seen.alive), None)
 
+    def lost_directory(self) -> str:
+        """Return what to do about a directory that was deleted while the cluster lives, "" when it is there."""
+        missing = self.directory.missing
+        head = self.head() if missing else None
+        if head is None:
+            return ""
+        return (
+            f"{missing} cannot be seen: the directory of cluster {self.name} was deleted while its head, {head.label},"
+            " lives\n  `ray down` ends the cluster, and `ray up` starts it again"
+        )
+
     def log_of(self, node_id: str) -> Path:
         """Return where the job of a node writes."""
         return log_path(self.directory.root, node_id)

@@ -143,6 +143,11 @@ class ClusterDir:
         """Whether the directory is there."""
         return self.root.is_dir()
 
+    @property
+    def missing(self) -> str:
+        """What a node cannot start without and cannot be seen, "" when all of it is there."""
+        return next((str(path) for path in self.reports.needed if not os.path.exists(path)), "")  # noqa: PTH110 no errors
+
     def prepare(self) -> None:
         """Make the directory with everything that a head needs in it; nothing that is there is changed.
 

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.errors import NodeNotFound, SlurmError
+from ray_slurm_provider.errors import NodeNotFound, SlurmError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,10 +28,13 @@ def find_log(cluster: Cluster, name: str) -> Path:
 
     Raises:
         NodeNotFound: There is no such log; the text names those that there are.
+        StateError: The cluster's directory was deleted.
     """
     log = next((path for path in _candidates(cluster, name) if path.exists()), None)
     if log is not None:
         return log
+    if lost := cluster.lost_directory():
+        raise StateError(lost)
     known = sorted(path.stem for path in (cluster.directory.root / "logs").glob("*.log"))
     raise NodeNotFound(
         f"no log of {name or 'a head'} in cluster {cluster.name}\n  logs: {', '.join(known) or 'none yet'}"

@@ -72,7 +72,7 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the ids of the nodes that wait or run and have these tags."""
-        if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and self._command.name in _FOR_A_RUNNING_HEAD:
+        if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and self._command.name in {"up", *_FOR_A_RUNNING_HEAD}:
             self._require_head()
         self._cluster.launch_held()
         return [
@@ -86,6 +86,10 @@ class SlurmNodeProvider(NodeProvider):
     def _require_head(self) -> None:
         """Say in a sentence what Ray would say in a traceback."""
         head = self._cluster.head()
+        if lost := self._cluster.lost_directory():
+            raise click.ClickException(lost)
+        if self._command.name == "up":
+            return
         if self._command.options.get("start") or (head is not None and head.ready):
             return
         if head is None:
@@ -257,7 +261,8 @@ def _refuse_sessions(command: RayCommand) -> None:
         raise click.ClickException(
             f"--{tool} does not work here, because SLURM ends what a command has started together with the command;"
             " for work that goes on without you, run"
-            f' `eval "$(ray-slurm env {shlex.quote(command.cluster_yaml)})"` and then `ray job submit --no-wait -- COMMAND`'
+            f' `eval "$(ray-slurm env {shlex.quote(command.cluster_yaml)})"`'
+            " and then `ray job submit --no-wait -- COMMAND`"
         )
 
 

@@ -96,7 +96,8 @@ def watch_nodes(cluster: Cluster) -> None:
 
 def _view(cluster: Cluster, rows: Sequence[NodeRow]) -> Group:
     waiting = [f"{row.id} waits: {row.waits_for}" for row in rows if row.waits_for]
-    return Group(_table(rows), *waiting, *cluster.launches.summary())
+    lost = cluster.lost_directory() if rows else ""
+    return Group(_table(rows), *waiting, *([lost] if lost else []), *cluster.launches.summary())
 
 
 def _rows_or_none(cluster: Cluster) -> list[NodeRow]:

@@ -84,6 +84,11 @@ class ReportPaths(NamedTuple):
         """The directory of all reports."""
         return self.root / "nodes"
 
+    @property
+    def needed(self) -> tuple[Path, ...]:
+        """What a node cannot start without."""
+        return self.nodes, self.root / "logs", self.root / "auth_token"
+
     def report(self, node_id: str) -> Path:
         """The report of a node."""
         return self.nodes / f"{node_id}.json"

@@ -111,6 +111,12 @@ class WorkerLauncher:
     def _launch(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]) -> None:
         """Submit jobs, as many as may be; add their nodes to a list."""
         self._cluster.launches.check(node_type)
+        if missing := self._cluster.directory.missing:
+            raise LaunchDelayed(
+                "slurm-no-directory",
+                f"{missing} cannot be seen: was the cluster's directory deleted? No node can start without it;"
+                " `ray down` ends the cluster and `ray up` starts it again",
+            )
         with self._creating:
             fitting, limit = self._fitting(node_type, config, count)
             self._submit(node_type, config, tags, fitting, made)

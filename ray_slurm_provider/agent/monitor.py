@@ -1,20 +1,24 @@
 """Ray's autoscaler, which Ray calls the monitor: started by the agent, and started again when it is killed.
 
 ``ray start`` would end the whole head with it, and every workload. Everything that it knows lives in SLURM, so another
-one goes on where it was.
+one goes on where it was. Its configuration, which it reads in each round, is a copy: without one it would do nothing
+any more when the cluster's directory is deleted, not even end idle nodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import time
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.agent import kernel
+from ray_slurm_provider.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +35,16 @@ class Monitor:
     Args:
         command: Its argument list.
         environ: Its environment.
+        written: The configuration that `ray up` writes.
+        copy: Where the autoscaler reads it.
     """
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], written: Path, copy: Path) -> None:
         self._command = list(command)
         self._environ = dict(environ)
+        self._written = written
+        self._copy = copy
+        self._copied = 0, 0
         self._child: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._delay_s = 0.0
@@ -45,6 +54,7 @@ class Monitor:
     def tend(self) -> str:
         """Start it, or start it again when it has ended; return why it never will work, "" when it may."""
         now = time.monotonic()
+        self._update_copy()
         if self._child is not None:
             code = self._child.poll()
             if code is None:
@@ -65,6 +75,13 @@ class Monitor:
                 preexec_fn=kernel.die_with_parent,  # noqa: PLW1509 this process has no threads
             )
         return ""
+
+    def _update_copy(self) -> None:
+        with contextlib.suppress(OSError):
+            found = self._written.stat()
+            if (found.st_ino, found.st_mtime_ns) != self._copied:
+                write_atomically(self._copy, self._written.read_text(encoding="utf-8"))
+                self._copied = found.st_ino, found.st_mtime_ns
 
     def end(self) -> None:
         """End it: from here on nothing is submitted."""

@@ -108,7 +108,7 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
     ]
 
 
-def monitor_command(spec: AgentSpec, address: str, gcs_address: str, temp_dir: str, *, v2: bool) -> list[str]:
+def monitor_command(address: str, gcs_address: str, temp_dir: str, *, v2: bool) -> list[str]:
     """Return the argument list of Ray's autoscaler (ray/_private/services.py, start_monitor)."""
     logs = f"{temp_dir}/session_latest/logs"
     return [
@@ -119,9 +119,14 @@ def monitor_command(spec: AgentSpec, address: str, gcs_address: str, temp_dir: s
         f"--gcs-address={gcs_address}",
         f"--stdout-filepath={logs}/monitor.out",
         f"--stderr-filepath={logs}/monitor.err",
-        f"--autoscaling-config={spec.directory / 'ray_bootstrap_config.yaml'}",
+        f"--autoscaling-config={autoscaling_config(temp_dir)}",
         f"--monitor-ip={address}",
     ]
+
+
+def autoscaling_config(temp_dir: str) -> Path:
+    """Return where Ray's autoscaler reads its configuration."""
+    return Path(temp_dir) / "ray_bootstrap_config.yaml"
 
 
 def _worker_ports(within: str) -> list[str]:

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ray_slurm_provider import procfs, tls
 from ray_slurm_provider.agent import kernel, network, ray_command
 from ray_slurm_provider.agent.allocation import read_allocation
+from ray_slurm_provider.agent.directory_watch import DirectoryWatch
 from ray_slurm_provider.agent.head_watch import HeadWatch
-from ray_slurm_provider.agent.keeper import DirectoryKeeper
 from ray_slurm_provider.agent.monitor import Monitor
 from ray_slurm_provider.agent.pace import Pace
 from ray_slurm_provider.agent.place import Place
@@ -103,7 +103,8 @@ class Supervisor:
         self._siblings = Siblings(spec, self._node_id, self._slurm)
         self._head = HeadWatch(spec, self._siblings.head_ended)
         self._monitor: Monitor | None = None
-        self._keeper = DirectoryKeeper(spec.directory) if spec.is_head else None
+        self._directory = DirectoryWatch(spec.directory)
+        self._missed = False
         self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
         self._place = Place(spec, self._node_id)
@@ -274,7 +275,7 @@ class Supervisor:
     def _monitor_command(self, environment: Mapping[str, str]) -> list[str]:
         report = self._report
         v2 = environment[ray_command.V2_VARIABLE] == "1"
-        return ray_command.monitor_command(self._spec, report.address, report.gcs_address, report.temp_dir, v2=v2)
+        return ray_command.monitor_command(report.address, report.gcs_address, report.temp_dir, v2=v2)
 
     def _pump(self, output: object, environment: Mapping[str, str]) -> bool:
         """Hand Ray's output on to the job's log; tell whether more can come."""
@@ -296,7 +297,9 @@ class Supervisor:
         self._write_exports()
         self._publish(phase=READY, ready_at=time.time())
         if self._spec.is_head:
-            self._monitor = Monitor(self._monitor_command(environment), environment)
+            written = self._spec.directory / "ray_bootstrap_config.yaml"
+            copy = ray_command.autoscaling_config(self._report.temp_dir)
+            self._monitor = Monitor(self._monitor_command(environment), environment, written, copy)
         self._place.end_turn()
         kernel.give_memory_back()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
@@ -323,7 +326,9 @@ class Supervisor:
             self._siblings.cancel()
             return f"the head {self._spec.head} is gone", 0
         if (self._spec.is_head or self._report.phase == READY) and self._keeping.due():
-            self._keep_directory()
+            self._keep_reports()
+            if self._spec.is_head:
+                self._look_after_directory()
         trouble = self._monitor.tend() if self._monitor is not None else ""
         return (trouble, 1) if trouble else None
 
@@ -392,11 +397,22 @@ class Supervisor:
                 logger.warning("the report of this node cannot be written: %s", error)
             self._unpublished = True
 
-    def _keep_directory(self) -> None:
+    def _look_after_directory(self) -> None:
+        self._directory.keep_young()
+        if not self._missed and self._directory.is_deleted():
+            self._missed = True
+            logger.warning(
+                "the cluster's directory %s was deleted: what runs goes on, but no new node and no new process of Ray"
+                " starts, and `ray exec`, `ray submit` and `ray attach` do not work; to have them back, end this head"
+                " (`%s`) and run `ray up`",
+                self._spec.directory,
+                f"kill {os.getppid()}" if self._spec.login_node else f"scancel {job_id_of(self._node_id)}",
+            )
+
+    def _keep_reports(self) -> None:
         """Write again what this node has written and what is not there any more."""
-        restored = self._keeper.tend() if self._keeper is not None else False
         reports = [self._paths.report(self._node_id), *([self._paths.head] if self._spec.is_head else [])]
-        if restored or self._unpublished or not all(path.exists() for path in reports):
+        if self._unpublished or not all(path.exists() for path in reports):
             self._publish()
         exports = self._paths.environment(self._node_id)
         if exports.parent.is_dir() and not exports.exists():

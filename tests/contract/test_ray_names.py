@@ -64,12 +64,12 @@ def test_our_methods_take_what_ray_gives(name):
 def test_the_autoscaler_is_started_as_ray_would(monkeypatch, v2):
     taken = {}
     monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: taken.update(command=command))
-    config = "/d/c/ray_bootstrap_config.yaml"
+    config = "/t/ray_bootstrap_config.yaml"
     logs = "/t/session_latest/logs"
     services.start_monitor(
         "1.1.1.1:5", logs, f"{logs}/monitor.out", f"{logs}/monitor.err", config, monitor_ip="1.1.1.1", autoscaler_v2=v2
     )
-    ours = monitor_command(AgentSpec("c", "d", "/d/c"), "1.1.1.1", "1.1.1.1:5", "/t", v2=v2)
+    ours = monitor_command("1.1.1.1", "1.1.1.1:5", "/t", v2=v2)
     # Ray says how large a log may grow, and says the default.
     assert set(taken["command"]) - set(ours) == {"--logging-rotate-bytes=0", "--logging-rotate-backup-count=0"}
     assert set(ours) <= set(taken["command"])

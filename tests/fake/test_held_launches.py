@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
+import click
 import pytest
 
 from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
+from ray_slurm_provider.node_provider import SlurmNodeProvider
+from ray_slurm_provider.nodes import KIND_HEAD, TAG_KIND
 
 CONFIG = NodeConfig()
 
@@ -174,3 +179,59 @@ def test_a_pause_that_is_lifted_launches_at_once_what_waited(make_monitor, login
     monitor.nodes()
     monitor.launch_held()
     assert len(fake_slurm.jobs()) == before + 4
+
+
+@pytest.mark.parametrize("birth_record", ["comment", "file"])
+@pytest.mark.parametrize("part", ["", "logs", "auth_token"])
+def test_without_the_clusters_directory_nothing_is_submitted_and_ray_hears_of_it_once(
+    make_monitor, fake_slurm, birth_record, part
+):
+    monitor = make_monitor(birth_record=birth_record)
+    lost = monitor.directory.root / part
+    aside = lost.rename(monitor.directory.root.with_name("aside"))
+    with pytest.raises(LaunchDelayed, match="was the cluster's directory deleted.*`ray down`"):
+        _create(monitor, 2)
+    for _ in range(3):
+        assert _create(monitor, 1) == []
+        monitor.launch_held()
+        assert len(monitor.nodes()) == 1
+    assert fake_slurm.calls("sbatch") == 1
+    assert not lost.exists()
+    # Its file system was away.
+    aside.rename(lost)
+    monitor.launch_held()
+    assert len([node for node in monitor.nodes().values() if not node.is_head]) == 3
+
+
+def test_a_directory_that_was_deleted_under_a_living_head_is_told(make_monitor, login, fake_slurm):
+    make_monitor()
+    assert login.lost_directory() == ""
+    (login.directory.root / "auth_token").unlink()
+    assert "auth_token cannot be seen: the directory of cluster c was deleted while its head, job 1-" in (
+        login.lost_directory()
+    )
+    shutil.rmtree(login.directory.root)
+    assert "`ray down` ends the cluster" in login.lost_directory()
+    login.terminate(list(login.nodes()))
+    assert login.lost_directory() == ""
+    login.clean_up()
+
+
+@pytest.mark.parametrize("command", ["up", "exec", "rsync-up", "get-head-ip"])
+def test_commands_tell_of_a_deleted_directory_and_ray_down_ends_the_cluster(
+    make_monitor, login, fake_slurm, monkeypatch, command
+):
+    make_monitor()
+    shutil.rmtree(login.directory.root)
+    for name in ("PATH", "FAKE_SLURM_DIR"):
+        monkeypatch.setenv(name, fake_slurm.environ[name])
+    provider = SlurmNodeProvider({"slurm": {"state_dir": login.settings.state_dir}}, "c")
+    monkeypatch.setattr("sys.argv", ["ray", command, "x.yaml"])
+    with pytest.raises(click.ClickException, match="was deleted while its head, job 1-") as told:
+        provider.non_terminated_nodes({TAG_KIND: KIND_HEAD})
+    assert told.value.exit_code == 1
+    monkeypatch.setattr("sys.argv", ["ray", "down", "x.yaml"])
+    (head_id,) = provider.non_terminated_nodes({TAG_KIND: KIND_HEAD})
+    provider.terminate_nodes([head_id])
+    assert provider.non_terminated_nodes({TAG_KIND: KIND_HEAD}) == []
+    provider.cleanup_cluster_resources()

@@ -154,19 +154,50 @@ def test_a_controller_that_loses_its_jobs_loses_nothing_else(make):
 
 
 @pytest.mark.all_faults
-def test_the_directory_may_be_deleted_and_the_disk_may_be_full(make, small_disk):
+def test_a_deleted_directory_is_told_everywhere_and_ray_down_and_ray_up_make_it_new(make):
+    cluster = make("gone", types=_types())
+    cluster.up()
+    driver = cluster.start_driver(tasks=3, seconds=1)
+    driver.want()
+    driver.wait_for_wanted(120)
+    log = cluster.head_monitor_log()
+    before = len(log.read_text())
+    shutil.rmtree(cluster.root)
+    (head,) = cluster.alive(head=True)
+    for words in (("exec", cluster.yaml, "true"), ("up", cluster.yaml, "--no-config-cache", "-y")):
+        done = cluster.ray(*words, check=False)
+        assert done.returncode == 1
+        assert f"the directory of cluster gone was deleted while its head, job {head.job_id}-" in done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    for words in (("env", cluster.yaml), ("logs", cluster.yaml), ("ssh-command", cluster.yaml)):
+        done = cluster.ray_slurm(*words, check=False)
+        assert (done.returncode, "`ray down` ends the cluster" in done.stderr) == (1, True), done.stderr
+    assert "was deleted while its head" in cluster.ray_slurm("nodes", cluster.yaml).stdout
+    # Idle workers are still ended, and no job is submitted that could not work.
+    wait_for(lambda: not cluster.alive(head=False), 60, "the end of idle workers")
+    submitted = len(cluster.certified())
+    driver.want()
+    wait_for(lambda: "was the cluster's directory deleted?" in log.read_text(), 60, "the reason")
+    assert len(cluster.certified()) == submitted
+    assert "Traceback" not in log.read_text()[before:]
+    assert [job.job_id for job in cluster.alive()] == [head.job_id]
+    assert not cluster.root.exists()
+    driver.end()
+    cluster.down()
+    _nothing_is_left(cluster)
+    cluster.up()
+    assert cluster.head()["ray"] == "up"
+    cluster.down()
+    _nothing_is_left(cluster)
+
+
+@pytest.mark.all_faults
+def test_the_disk_may_be_full(make, small_disk):
     cluster = make("disk", types=_types(), state_dir=small_disk)
     cluster.up()
     driver = cluster.start_driver(tasks=3, seconds=1)
     driver.want()
     driver.wait_for_wanted(120)
-    shutil.rmtree(cluster.root)
-    wait_for((cluster.root / "head.json").exists, 30, "the directory to come back")
-    wait_for(lambda: not cluster.alive(head=False), 60, "the end of idle workers")
-    driver.want()
-    driver.wait_for_wanted(120, "new workers after the directory was deleted")
-    assert cluster.head()["ray"] == "up"
-
     wait_for(lambda: not cluster.alive(head=False), 60, "the end of idle workers")
     subprocess.run(["dd", "if=/dev/zero", f"of={small_disk}/filler"], capture_output=True)
     driver.want()

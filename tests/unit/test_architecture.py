@@ -55,7 +55,7 @@ LAYERS = [
         "agent.ray_command",
         "agent.temp_dirs",
         "agent.host_checks",
-        "agent.keeper",
+        "agent.directory_watch",
         "agent.monitor",
     },
     {

@@ -18,9 +18,10 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.01)
     pids = tmp_path / "pids"
     made = []
+    written, copy = tmp_path / "written", tmp_path / "copy"
 
     def start(script):
-        made.append(Monitor(["bash", "-c", f"echo $$ >> {pids}; {script}"], dict(os.environ)))
+        made.append(Monitor(["bash", "-c", f"echo $$ >> {pids}; {script}"], dict(os.environ), written, copy))
         return made[-1]
 
     start.pids = lambda: [int(line) for line in pids.read_text().split()] if pids.exists() else []
@@ -69,3 +70,18 @@ def test_after_its_end_nothing_of_it_is_left(start):
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     monitor.end()
+
+
+def test_it_reads_what_was_written_last_also_when_that_is_deleted(start, tmp_path):
+    written, copy = tmp_path / "written", tmp_path / "copy"
+    written.write_text("a: 1")
+    monitor = start("exec sleep 60")
+    monitor.tend()
+    assert copy.read_text() == "a: 1"
+    written.write_text("a: 2")
+    os.utime(written, ns=(1, 1))
+    monitor.tend()
+    assert copy.read_text() == "a: 2"
+    written.unlink()
+    assert monitor.tend() == ""
+    assert copy.read_text() == "a: 2"

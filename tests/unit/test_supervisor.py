@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 
 import pytest
@@ -48,3 +49,20 @@ def test_a_cancelled_head_is_not_restarted(make):
     supervisor._signals.append(signal.SIGTERM)
     assert "cancelled" in supervisor._ordered_to_end()
     assert not supervisor._restarting
+
+
+def test_a_deleted_directory_is_told_once_and_ends_nothing(make, caplog):
+    supervisor = make("123-abc")
+    for path in supervisor._paths.needed:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    supervisor._look_after_directory()
+    assert caplog.text == ""
+    shutil.rmtree(supervisor._spec.directory)
+    for _ in range(3):
+        supervisor._look_after_directory()
+        supervisor._keep_reports()
+    assert caplog.text.count("was deleted") == 1
+    assert "`scancel 123`" in caplog.text
+    assert "`ray up`" in caplog.text
+    assert not supervisor._spec.directory.exists()
