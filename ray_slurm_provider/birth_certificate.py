@@ -99,11 +99,6 @@ def new_token() -> str:
     return random_name(_TOKEN_LENGTH)
 
 
-def node_number(node_id: str) -> int:
-    """Return a number that stands for a node: autoscaler v1 knows nodes by number where addresses are shared."""
-    return int(node_id.rpartition("-")[2], 36) + 1
-
-
 def job_id_of(node_id: str) -> str:
     """Return the SLURM job id in a node id."""
     return node_id.rpartition("-")[0]

@@ -20,7 +20,7 @@ import jsonschema
 
 from ray_slurm_provider import resources
 from ray_slurm_provider.agent.ports import port_range
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PORTS_BESIDES_TASKS
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PORTS_BESIDES_TASKS, unfit_ray
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load, settings_of
@@ -58,16 +58,9 @@ _DEFAULTS: dict[str, Any] = {
     "worker_start_ray_commands": [],
     "auth": {},
 }
-# The job sets itself up and watches itself: Ray's updaters and liveness checks would only disturb it
+# The job sets itself up: Ray's updaters would only disturb it
 # (the same flags as for KubeRay, ray/autoscaler/_private/kuberay/autoscaling_config.py).
-_PROVIDER_FLAGS = {
-    "disable_node_updaters": True,
-    "disable_launch_config_check": True,
-    "foreground_node_launch": True,
-    "worker_liveness_check": False,
-    # Autoscaler v1 takes nodes of one address for one node; v2 ignores this.
-    "use_node_id_as_ip": True,
-}
+_PROVIDER_FLAGS = {"disable_node_updaters": True, "disable_launch_config_check": True}
 _PROVIDER_KEYS = frozenset({"type", "module", "slurm", "_config_cache_path", *_PROVIDER_FLAGS})
 
 
@@ -182,8 +175,23 @@ def script(path: Path, node_type: str) -> str:
     return cluster.preview(node_type, node_config, head=node_type == config["head_node_type"])
 
 
-def check_file_mounts(config: dict[str, Any]) -> None:
+def check_for_up(config: dict[str, Any]) -> None:
     """Refuse what Ray would stumble over only after it has submitted the head.
+
+    Raises:
+        ConfigError: A file mount is wrong.
+        click.ClickException: This Ray, or its old autoscaler, does not work here.
+    """
+    for name in ("RAY_UP_enable_autoscaler_v2", "RAY_enable_autoscaler_v2"):
+        if os.environ.get(name, "1") != "1":
+            raise click.ClickException(f"Ray's old autoscaler does not work here: unset {name}")
+    if unfit := unfit_ray():
+        raise click.ClickException(unfit)
+    check_file_mounts(config)
+
+
+def check_file_mounts(config: dict[str, Any]) -> None:
+    """Refuse file mounts that cannot be copied.
 
     Raises:
         ConfigError: A source does not exist here, or the jobs would not see a target.

@@ -268,10 +268,9 @@ class Cluster:
         with self._lock:
             self._listing.look_anew()
 
-    def let_head_start(self, node_id: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
+    def let_head_start(self, node_id: str, *, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
-        token = node_id.rpartition("-")[2]
-        self.directory.let_head_start(token, autoscaler_v2=autoscaler_v2, usage_stats=usage_stats)
+        self.directory.let_head_start(node_id.rpartition("-")[2], usage_stats=usage_stats)
 
     def clean_up(self) -> None:
         """Wait until every job has left SLURM, and remove the cluster's directory.

@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
 from ray_slurm_provider.launch_records import LaunchRecords, read_launch_records
-from ray_slurm_provider.reports import NodeReport, ReportPaths, read_reason, read_report
+from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,7 +54,6 @@ _DIARY_VERSION = 2
 _LOCK_TIMEOUT_S = 30.0
 # Longer than sbatch and the search after it may take.
 _HEAD_LOCK_TIMEOUT_S = 180.0
-_BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
 @dataclass
@@ -113,7 +112,7 @@ class ClusterDir:
     @property
     def bootstrap_config(self) -> Path:
         """Where Ray's autoscaler reads its configuration."""
-        return self.root / _BOOTSTRAP_CONFIG
+        return self.root / BOOTSTRAP_CONFIG
 
     @property
     def births(self) -> Path:
@@ -322,10 +321,9 @@ class ClusterDir:
         """Replace what Ray's autoscaler reads by the content of a file."""
         write_atomically(self.bootstrap_config, source.read_text(encoding="utf-8"))
 
-    def let_head_start(self, token: str, *, autoscaler_v2: bool, usage_stats: bool) -> None:
+    def let_head_start(self, token: str, *, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
-        facts = {"autoscaler_v2": autoscaler_v2, "usage_stats": usage_stats, "max_workers": self.max_workers()}
-        write_json(self.reports.go(token), facts)
+        write_json(self.reports.go(token), {"usage_stats": usage_stats, "max_workers": self.max_workers()})
 
     def save_environment(self, environ: Mapping[str, str]) -> None:
         """Keep the environment of `ray up` for the workers' jobs."""

@@ -105,7 +105,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
             raise click.ClickException("there is no command and no port to forward")
         if environment_variables is not None:
             if "ray start" in cmd:
-                self._start_head(cmd, environment_variables)
+                self._start_head(environment_variables)
             return ""
         if run_env == "host" and self._command.name != "exec":
             # The updater's own probes.
@@ -145,7 +145,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         """Nothing to initialise."""
         return None
 
-    def _start_head(self, cmd: str, variables: dict[str, object]) -> None:
+    def _start_head(self, variables: dict[str, object]) -> None:
         node = self._cluster.last_seen(self._node_id)
         # Whoever types `ray up` wants another try of whatever failed.
         self._cluster.launches.resume()
@@ -153,11 +153,8 @@ class SlurmCommandRunner(CommandRunnerInterface):
             cli_logger.print("Ray already runs in {}; nothing is restarted.", node.label)
             self._say_what_next()
             return
-        self._cluster.let_head_start(
-            self._node_id,
-            autoscaler_v2="RAY_enable_autoscaler_v2=1" in cmd,
-            usage_stats=str(variables.get("RAY_USAGE_STATS_ENABLED", 0)) == "1",
-        )
+        usage_stats = str(variables.get("RAY_USAGE_STATS_ENABLED", 0)) == "1"
+        self._cluster.let_head_start(self._node_id, usage_stats=usage_stats)
         if node.ready:
             self._restart(node)
         try:

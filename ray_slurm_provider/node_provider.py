@@ -21,8 +21,7 @@ from typing import Any
 import click
 
 from ray_slurm_provider import bootstrap
-from ray_slurm_provider.agent.ray_command import V2_VARIABLE
-from ray_slurm_provider.birth_certificate import job_id_of, node_number
+from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.command_runner import SlurmCommandRunner
 from ray_slurm_provider.config import read_node_config, read_settings
@@ -117,12 +116,7 @@ class SlurmNodeProvider(NodeProvider):
 
     @readable
     def internal_ip(self, node_id: str) -> str:
-        """Return the node's address; a name for its job while it has none.
-
-        In the process of Ray's old autoscaler, which takes nodes of one address for one node, a number instead.
-        """
-        if os.environ.get(V2_VARIABLE) == "0":
-            return str(node_number(node_id))
+        """Return the node's address; a name for its job while it has none."""
         return self._cluster.last_seen(node_id).address
 
     @readable
@@ -220,7 +214,7 @@ class SlurmNodeProvider(NodeProvider):
         command = ray_command()
         _refuse_sessions(command)
         if command.name == "up" or command.options.get("start"):
-            bootstrap.check_file_mounts(config)
+            bootstrap.check_for_up(config)
         if command.name != "up":
             return config
         changes = bootstrap.head_changes(config)

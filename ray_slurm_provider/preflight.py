@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from ray_slurm_provider.agent import host_checks, network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.backends.launch_script import job_environment
-from ray_slurm_provider.birth_certificate import new_token
 from ray_slurm_provider.bootstrap import check_file_mounts, resolve_file
 from ray_slurm_provider.canaries import NodeType, look_around
 from ray_slurm_provider.cluster import Cluster
@@ -231,7 +230,7 @@ def _host(site: Site) -> Iterator[Finding]:
     base, head = site.settings.temp_dir, site.login_head
     if head is not None:
         resources = head.config.resolved.resources if head.config.resolved is not None else {}
-        yield from host_checks.check_host(base, f"check-{new_token()}", resources)
+        yield from host_checks.check_host(base, resources)
         return
     excess = 0 if "$" in base else temp_dirs.excess_length(str(Path(base).expanduser()))
     if excess > 0:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 STARTING = "starting"
 READY = "ready"
 ENDED = "ended"
+# What Ray's autoscaler reads, in the cluster directory and on the head.
+BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
 class NodeReport(NamedTuple):

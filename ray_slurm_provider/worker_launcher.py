@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, TEMP_DIR_VARIABLE, V2_VARIABLE
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
 from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.errors import ConfigError, LaunchDelayed, SlurmError, StateError, SubmitRejected
@@ -61,8 +61,7 @@ class WorkerLauncher:
         try:
             self._launch(node_type, config, tags, count, made)
         except (LaunchDelayed, SubmitRejected, ConfigError) as error:
-            # The old autoscaler keeps no rows, and asks again.
-            if self._environ.get(V2_VARIABLE) != "1" or self._held.is_news(node_type, error):
+            if self._held.is_news(node_type, error):
                 raise
             self._held.hold(node_type, config, tags, count - len(made))
         else:
@@ -153,8 +152,6 @@ class WorkerLauncher:
             self._cluster.launch(node_type, config, tags, environ),
             head=self._environ[INSTANCE_VARIABLE],
             gcs_address=self._environ[GCS_ADDRESS_VARIABLE],
-            head_temp_dir=self._environ.get(TEMP_DIR_VARIABLE, ""),
-            autoscaler_v1=self._environ.get(V2_VARIABLE) == "0",
             avoid=self._cluster.launches.avoided(),
         )
         try:

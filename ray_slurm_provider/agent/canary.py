@@ -70,7 +70,7 @@ def look(spec: AgentSpec, environ: Mapping[str, str]) -> ProbeReport:
     findings = [
         *compare(greeting, node_id, lock_is_seen=is_locked(spec.directory / LOCK)),
         finding,
-        *host_checks.check_host(spec.temp_dir, node_id, spec.resources),
+        *host_checks.check_host(spec.temp_dir, spec.resources),
         *(_check_slurm(slurm, spec.directory / WORKER_SCRIPT) if spec.is_head else ()),
     ]
     host = socket.gethostname()

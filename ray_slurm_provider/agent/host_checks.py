@@ -28,20 +28,20 @@ _ENOUGH_FILES = 4096  # Ray wants more, and says so (docs.ray.io, "Ray cluster: 
 _ENOUGH_MIB = 1024
 
 
-def check_host(temp_dir: str, node_id: str, resources: Mapping[str, int]) -> Iterator[Finding]:
+def check_host(temp_dir: str, resources: Mapping[str, int]) -> Iterator[Finding]:
     """Yield what is found on a host where a Ray node is to run."""
-    yield check_temp_dir(temp_dir, node_id)
+    yield check_temp_dir(temp_dir)
     yield check_open_files()
     yield check_shared_memory(resources.get("object_store_memory", 0) // MIB)
     yield check_home()
 
 
-def check_temp_dir(base: str, node_id: str) -> Finding:
+def check_temp_dir(base: str) -> Finding:
     """Make Ray's temporary directory as a node does, and remove it again."""
     try:
-        made = temp_dirs.make_temp_dir(base, node_id)
+        made = temp_dirs.make_temp_dir(base)
         free_mib = shutil.disk_usage(made).free // MIB
-        temp_dirs.leave_temp_dir(made, node_id)
+        temp_dirs.leave_temp_dir(made)
     except (OSError, ValueError) as error:
         return Finding("temp_dir", FAILURE, str(error), "another provider.slurm.temp_dir")
     place = made.parent.parent

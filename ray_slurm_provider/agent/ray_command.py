@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, node_number
+from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE
+from ray_slurm_provider.reports import BOOTSTRAP_CONFIG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,6 @@ _LAUNCH_BATCH = "100"
 _LAUNCHES = "1000"
 # What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
-TEMP_DIR_VARIABLE = "RAY_SLURM_TEMP_DIR"
 # After a short cut of the network a process may wait for an answer on a connection that the other end has closed; Ray's
 # clients look after 300 s whether it still lives. Ray's servers allow them to look once in 60 s (rpc/grpc_server.cc).
 CONNECTION_ENVIRONMENT = {"RAY_grpc_client_keepalive_time_ms": "60000"}
@@ -40,11 +40,8 @@ _PULL_VARIABLE = "RAY_gcs_pull_resource_loads_period_milliseconds"
 _SHORTEST_PULL_MS = 200
 _LONGEST_PULL_MS = 1000
 _PULLS_PER_S = 100
-# What tells Ray's autoscalers apart, and how v1 shall know a node.
-V2_VARIABLE = "RAY_enable_autoscaler_v2"
-NODE_NUMBER_RESOURCE = "NODE_ID_AS_RESOURCE"
-# From this Ray on each node has a temporary directory of its own; before, it has the head's.
-_OWN_TEMP_DIR_SINCE = (2, 55)
+# From this Ray on each node has a temporary directory of its own; before, several on one host collided.
+_OLDEST_RAY = (2, 55)
 # Flags of `ray start` by the name of their port.
 _NODE_FLAGS = {
     "node_manager": "--node-manager-port",
@@ -101,32 +98,27 @@ def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_
     return [
         *command,
         f"--node-ip-address={address}",
-        *([f"--temp-dir={temp_dir}"] if spec.is_head or has_own_temp_dir() else []),
+        f"--temp-dir={temp_dir}",
         *(f"{flag}={ports[name]}" for name, flag in _NODE_FLAGS.items()),
         *_worker_ports(spec.worker_ports),
         *spec.ray_start_args,
     ]
 
 
-def monitor_command(address: str, gcs_address: str, temp_dir: str, *, v2: bool) -> list[str]:
+def monitor_command(address: str, gcs_address: str, temp_dir: str) -> list[str]:
     """Return the argument list of Ray's autoscaler (ray/_private/services.py, start_monitor)."""
     logs = f"{temp_dir}/session_latest/logs"
     return [
         sys.executable,
         "-u",
-        str(_ray_package() / "autoscaler" / ("v2" if v2 else "_private") / "monitor.py"),
+        str(_ray_package() / "autoscaler" / "v2" / "monitor.py"),
         f"--logs-dir={logs}",
         f"--gcs-address={gcs_address}",
         f"--stdout-filepath={logs}/monitor.out",
         f"--stderr-filepath={logs}/monitor.err",
-        f"--autoscaling-config={autoscaling_config(temp_dir)}",
+        f"--autoscaling-config={temp_dir}/{BOOTSTRAP_CONFIG}",
         f"--monitor-ip={address}",
     ]
-
-
-def autoscaling_config(temp_dir: str) -> Path:
-    """Return where Ray's autoscaler reads its configuration."""
-    return Path(temp_dir) / "ray_bootstrap_config.yaml"
 
 
 def _worker_ports(within: str) -> list[str]:
@@ -137,18 +129,12 @@ def _worker_ports(within: str) -> list[str]:
 
 def start_environment(
     spec: AgentSpec,
-    node_id: str,
     resources: Mapping[str, int],
     gcs_address: str,
-    temp_dir: str,
     ports: Mapping[str, int],
     go: Mapping[str, object],
 ) -> dict[str, str]:
     """Return the variables that ``ray start`` gets in addition to the job's own."""
-    v2 = bool(go.get("autoscaler_v2", True)) if spec.is_head else not spec.autoscaler_v1
-    if not v2:
-        # How v1 tells nodes apart that share an address (ray/autoscaler/_private/monitor.py, use_node_id_as_ip).
-        resources = {**resources, NODE_NUMBER_RESOURCE: node_number(node_id)}
     result = {
         **CONNECTION_ENVIRONMENT,
         **access_environment(spec.directory, token_auth=spec.token_auth),
@@ -163,8 +149,7 @@ def start_environment(
     return {
         **result,
         GCS_ADDRESS_VARIABLE: gcs_address,
-        TEMP_DIR_VARIABLE: temp_dir,
-        V2_VARIABLE: "1" if v2 else "0",
+        "RAY_enable_autoscaler_v2": "1",
         "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
         "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,
         "RAY_AUTOSCALER_PENDING_NODE_IDLE_TIMEOUT_S": str(spec.withdraw_after_s),
@@ -183,19 +168,17 @@ def _pull_period_ms(max_workers: object) -> int:
     return min(max(_SHORTEST_PULL_MS, 1000 * (max_workers + 1) // _PULLS_PER_S), _LONGEST_PULL_MS)
 
 
-def has_own_temp_dir() -> bool:
-    """Tell whether the installed Ray gives each node a temporary directory of its own."""
-    return _ray_version() >= _OWN_TEMP_DIR_SINCE
-
-
-def _ray_version() -> tuple[int, ...]:
-    """Return the first two numbers of the installed Ray, without importing it or the costly importlib.metadata."""
+def unfit_ray() -> str:
+    """Return what is wrong with the installed Ray, "" for nothing; importing it, or importlib.metadata, costs more."""
     try:
         text = (_ray_package() / "_version.py").read_text(encoding="utf-8")
-        found = re.search(r"^version\s*=\s*[\"'](\d+)\.(\d+)", text, re.MULTILINE)
     except OSError:
-        found = None
-    return tuple(map(int, found.groups())) if found else _OWN_TEMP_DIR_SINCE
+        return ""
+    found = re.search(r"^version\s*=\s*[\"']((\d+)\.(\d+)[^\"']*)", text, re.MULTILINE)
+    if found is None or (int(found[2]), int(found[3])) >= _OLDEST_RAY:
+        return ""
+    needed = ".".join(map(str, _OLDEST_RAY))
+    return f"the Python {sys.executable} has Ray {found[1]}, and ray-slurm-provider needs {needed} or newer"
 
 
 def _ray_package() -> Path:
@@ -214,18 +197,16 @@ def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster_dir / "auth_token")}
 
 
-def shell_environment(environ: Mapping[str, str], temp_dir: str, access: Mapping[str, str]) -> str:
+def shell_environment(environ: Mapping[str, str], access: Mapping[str, str]) -> str:
     """Return shell lines that give a command on the node the environment of its job.
 
     Args:
         environ: The job's environment.
-        temp_dir: Ray's temporary directory on the node.
         access: What a process needs to talk to this Ray.
     """
     left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
     kept = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
     variables = {**CONNECTION_ENVIRONMENT, **kept, **access}
-    variables[TEMP_DIR_VARIABLE] = temp_dir
     # The caller's shell may be set up for another cluster.
     clean = 'unset "${!RAY_@}"\n'
     return clean + "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))

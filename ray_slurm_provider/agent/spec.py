@@ -21,7 +21,6 @@ class AgentSpec(NamedTuple):
         login_node: Whether this is a head outside SLURM.
         head: Node id of the head that this worker belongs to; "" for a head.
         gcs_address: Where that head listens; "" for a head.
-        head_temp_dir: Ray's temporary directory of that head; "" for a head.
         resources: The Ray resources that the autoscaler counts on.
         written: Names of those that a person wrote into the YAML: these are kept.
         labels: Ray labels.
@@ -34,7 +33,6 @@ class AgentSpec(NamedTuple):
         metrics: Whether Ray's metrics can be read, by everybody.
         service_ports: Range for the ports of Ray's services; "" for any.
         worker_ports: Range for the ports of Ray's worker processes; "" for any.
-        autoscaler_v1: Whether the head's autoscaler is Ray's old one; told to workers.
         update_interval_s: Period of the autoscaler, seconds.
         withdraw_after_s: When a queued job that nobody needs is cancelled, seconds.
         drain_s: Time to move work away before the time limit, seconds.
@@ -49,7 +47,6 @@ class AgentSpec(NamedTuple):
     login_node: bool = False
     head: str = ""
     gcs_address: str = ""
-    head_temp_dir: str = ""
     resources: Mapping[str, int] = MappingProxyType({})
     written: Sequence[str] = ()
     labels: Mapping[str, str] = MappingProxyType({})
@@ -62,7 +59,6 @@ class AgentSpec(NamedTuple):
     metrics: bool = False
     service_ports: str = ""
     worker_ports: str = ""
-    autoscaler_v1: bool = False
     update_interval_s: int = 2
     withdraw_after_s: int = 300
     drain_s: int = 60

@@ -45,6 +45,7 @@ from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 from ray_slurm_provider.files import read_json_object, write_atomically
 from ray_slurm_provider.reports import (
+    BOOTSTRAP_CONFIG,
     ENDED,
     READY,
     STARTING,
@@ -107,7 +108,7 @@ class Supervisor:
         self._missed = False
         self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
-        self._place = Place(spec, self._node_id)
+        self._place = Place(spec)
         self._child: subprocess.Popen[bytes] | None = None
         self._raylet: procfs.Process | None = None
         self._tail = b""
@@ -140,6 +141,8 @@ class Supervisor:
             raise StartError(
                 f"the Python {sys.executable} on {self._report.host} has no ray; install ray[default] there"
             )
+        if unfit := ray_command.unfit_ray():
+            raise StartError(f"on {self._report.host}, {unfit}")
         try:
             resources = self._resources()
             address = self._choose_address()
@@ -160,9 +163,7 @@ class Supervisor:
         report = self._report
         go = read_json_object(self._paths.go(self._node_id.rpartition("-")[2])) or {}
         command = ray_command.start_command(self._spec, report.address, report.ports, report.temp_dir)
-        added = ray_command.start_environment(
-            self._spec, self._node_id, resources, report.gcs_address, report.temp_dir, report.ports, go
-        )
+        added = ray_command.start_environment(self._spec, resources, report.gcs_address, report.ports, go)
         logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], report.address)
         # What the user's `env` says about Ray's own knobs wins.
         environment = {
@@ -247,7 +248,6 @@ class Supervisor:
         return self._report.phase == STARTING and taken is not None and not self._signals
 
     def _run_ray(self, command: list[str], environment: dict[str, str], wakeup: socket.socket) -> tuple[str, int]:
-        self._place.wait_for_turn(self._signals)
         logger.info("starting %s", shlex.join(command))
         self._child = subprocess.Popen(
             command,
@@ -272,10 +272,11 @@ class Supervisor:
                     self._pump(output, environment)
                     return end
 
-    def _monitor_command(self, environment: Mapping[str, str]) -> list[str]:
+    def _new_monitor(self, environment: Mapping[str, str]) -> Monitor:
         report = self._report
-        v2 = environment[ray_command.V2_VARIABLE] == "1"
-        return ray_command.monitor_command(report.address, report.gcs_address, report.temp_dir, v2=v2)
+        command = ray_command.monitor_command(report.address, report.gcs_address, report.temp_dir)
+        written, copy = self._spec.directory / BOOTSTRAP_CONFIG, Path(report.temp_dir) / BOOTSTRAP_CONFIG
+        return Monitor(command, environment, written, copy)
 
     def _pump(self, output: object, environment: Mapping[str, str]) -> bool:
         """Hand Ray's output on to the job's log; tell whether more can come."""
@@ -297,10 +298,7 @@ class Supervisor:
         self._write_exports()
         self._publish(phase=READY, ready_at=time.time())
         if self._spec.is_head:
-            written = self._spec.directory / "ray_bootstrap_config.yaml"
-            copy = ray_command.autoscaling_config(self._report.temp_dir)
-            self._monitor = Monitor(self._monitor_command(environment), environment, written, copy)
-        self._place.end_turn()
+            self._monitor = self._new_monitor(environment)
         kernel.give_memory_back()
         logger.info("Ray is up; raylet %s", self._raylet.pid if self._raylet else "not found")
 
@@ -432,7 +430,7 @@ class Supervisor:
         access = ray_command.access_environment(self._spec.directory, token_auth=self._spec.token_auth)
         address = self._report.gcs_address or self._spec.gcs_address
         access |= {"RAY_ADDRESS": address, **self._tls_environment()}
-        return ray_command.shell_environment(self._environ, self._report.temp_dir, access)
+        return ray_command.shell_environment(self._environ, access)
 
 
 def _taken(sign: Path) -> bool:

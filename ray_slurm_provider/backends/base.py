@@ -57,9 +57,7 @@ class Launch:
         tags: Ray's tags.
         head: Node id of the head that it works for; "" for a head.
         gcs_address: Where that head listens; "" for a head.
-        head_temp_dir: Ray's temporary directory of that head; "" for a head.
         avoid: SLURM nodes on which it shall not start.
-        autoscaler_v1: Whether that head's autoscaler is Ray's old one.
         environ: The environment that the node starts with.
     """
 
@@ -72,9 +70,7 @@ class Launch:
     tags: Mapping[str, str]
     head: str = ""
     gcs_address: str = ""
-    head_temp_dir: str = ""
     avoid: Sequence[str] = ()
-    autoscaler_v1: bool = False
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 

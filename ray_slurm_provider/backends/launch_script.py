@@ -128,13 +128,11 @@ def _agent_spec(launch: Launch, resolved: ResolvedNode) -> AgentSpec:
         login_node=launch.config.placement == "login_node",
         head=launch.head,
         gcs_address=launch.gcs_address,
-        head_temp_dir=launch.head_temp_dir,
         resources=dict(resolved.resources),
         written=list(resolved.written),
         labels=dict(resolved.labels),
         service_ports=launch.settings.ports.services or "",
         worker_ports=launch.settings.ports.workers or "",
-        autoscaler_v1=launch.autoscaler_v1,
         ray_start_args=list(launch.config.ray_start_args),
         **shared,
     )

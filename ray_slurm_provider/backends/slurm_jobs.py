@@ -59,12 +59,10 @@ class SlurmJobs:
     def batch_size(self, launch: Launch) -> int:
         """Return how many elements an array of such jobs may have.
 
-        Autoscaler v1 tells nodes apart by a number that is made of their token, so each needs its own.
-
         Raises:
             SlurmError: SLURM does not say.
         """
-        if not launch.head or launch.autoscaler_v1 or not launch.settings.job_arrays:
+        if not launch.head or not launch.settings.job_arrays:
             return 1
         if self._largest_array is None:
             configured = self._client.configuration().get("MaxArraySize", "")

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import ray
 import yaml
 from ray._private import services
 from ray.autoscaler import tags
-from ray.autoscaler._private import commands, constants, monitor, updater, util
+from ray.autoscaler._private import commands, constants, updater, util
 from ray.autoscaler._private.providers import MINIMAL_EXTERNAL_CONFIG
 from ray.autoscaler.node_provider import NodeProvider
 from ray.scripts import scripts
@@ -24,12 +25,12 @@ from ray_slurm_provider import bootstrap, nodes
 from ray_slurm_provider.agent.ray_command import (
     CONNECTION_ENVIRONMENT,
     HEAD_PORTS,
-    NODE_NUMBER_RESOURCE,
     OWN_FLAGS,
     STARTED_MARK,
     monitor_command,
     start_command,
     start_environment,
+    unfit_ray,
 )
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.node_provider import SlurmNodeProvider
@@ -60,16 +61,21 @@ def test_our_methods_take_what_ray_gives(name):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("v2", [True, False])
-def test_the_autoscaler_is_started_as_ray_would(monkeypatch, v2):
+def test_the_autoscaler_is_started_as_ray_would(monkeypatch):
     taken = {}
     monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: taken.update(command=command))
     config = "/t/ray_bootstrap_config.yaml"
     logs = "/t/session_latest/logs"
     services.start_monitor(
-        "1.1.1.1:5", logs, f"{logs}/monitor.out", f"{logs}/monitor.err", config, monitor_ip="1.1.1.1", autoscaler_v2=v2
+        "1.1.1.1:5",
+        logs,
+        f"{logs}/monitor.out",
+        f"{logs}/monitor.err",
+        config,
+        monitor_ip="1.1.1.1",
+        autoscaler_v2=True,
     )
-    ours = monitor_command("1.1.1.1", "1.1.1.1:5", "/t", v2=v2)
+    ours = monitor_command("1.1.1.1", "1.1.1.1:5", "/t")
     # Ray says how large a log may grow, and says the default.
     assert set(taken["command"]) - set(ours) == {"--logging-rotate-bytes=0", "--logging-rotate-backup-count=0"}
     assert set(ours) <= set(taken["command"])
@@ -92,9 +98,8 @@ def test_ray_start_has_our_options_and_says_our_word():
 def test_ray_knows_the_variables_that_the_head_sets():
     spec = AgentSpec("c", "d", "/x")
     ports = dict.fromkeys(HEAD_PORTS, 1)
-    names = set(start_environment(spec, "1-a", {}, "a:1", "/t", ports, {})) - {
+    names = set(start_environment(spec, {}, "a:1", ports, {})) - {
         "RAY_SLURM_GCS_ADDRESS",
-        "RAY_SLURM_TEMP_DIR",
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN_PATH",
     }
@@ -132,10 +137,26 @@ def test_sessions_and_the_end_are_asked_for_in_the_words_that_we_know():
         assert f'"{command}"' in inspect.getsource(commands.exec_cluster)
 
 
-def test_autoscaler_v1_knows_nodes_by_number():
-    source = inspect.getsource(monitor.Monitor)
-    assert '"use_node_id_as_ip"' in source
-    assert NODE_NUMBER_RESOURCE in source
+def test_the_old_autoscaler_is_chosen_in_the_way_that_we_refuse():
+    assert '"RAY_UP_enable_autoscaler_v2", "1") == "1"' in inspect.getsource(commands.get_or_create_head_node)
+
+
+@pytest.mark.parametrize("name", ["RAY_UP_enable_autoscaler_v2", "RAY_enable_autoscaler_v2"])
+def test_whoever_wants_the_old_autoscaler_is_told(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(click.ClickException, match=f"old autoscaler does not work here: unset {name}") as refused:
+        bootstrap.check_for_up({})
+    assert refused.value.exit_code == 1
+
+
+def test_a_ray_that_is_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(bootstrap, "unfit_ray", lambda: "this Ray is too old")
+    with pytest.raises(click.ClickException, match="too old"):
+        bootstrap.check_for_up({})
+
+
+def test_the_installed_ray_is_new_enough():
+    assert unfit_ray() == ""
 
 
 def test_a_port_of_minus_one_is_taken_as_it_is(monkeypatch):

@@ -34,13 +34,12 @@ class FakeSlurm:
             "FAKE_SLURM_DIR": str(directory),
         }
 
-    def of_head(self, head_id, v2="1"):
+    def of_head(self, head_id):
         """The environment of the autoscaler in a head's job."""
         return {
             **self.environ,
             "RAY_CLOUD_INSTANCE_ID": head_id,
             "RAY_SLURM_GCS_ADDRESS": "1.2.3.4:5",
-            "RAY_enable_autoscaler_v2": v2,
         }
 
     def jobs(self):

@@ -21,11 +21,11 @@ def clock():
 def make_monitor(fake_slurm, tmp_path, clock):
     """The cluster as the autoscaler on a head sees it."""
 
-    def make(v2="1", **settings):
+    def make(**settings):
         settings = SlurmSettings(state_dir=str(tmp_path / "state"), default_python="/x", **EAGER, **settings)
         head_id = Cluster("c", settings, fake_slurm.environ).create_head("head", CONFIG, HEAD)
         fake_slurm.change(1, state="RUNNING")
-        return Cluster("c", settings, fake_slurm.of_head(head_id, v2), clock=clock, wall_clock=clock)
+        return Cluster("c", settings, fake_slurm.of_head(head_id), clock=clock, wall_clock=clock)
 
     return make
 
@@ -69,9 +69,8 @@ def test_one_alone_is_no_array(make_monitor, fake_slurm):
     assert "--array" not in fake_slurm.script(2)
 
 
-@pytest.mark.parametrize(("v2", "settings"), [("0", {}), ("1", {"job_arrays": False})])
-def test_where_arrays_are_not_wanted_each_is_a_job(make_monitor, fake_slurm, v2, settings):
-    made = _create(make_monitor(v2, **settings), 3)
+def test_where_arrays_are_not_wanted_each_is_a_job(make_monitor, fake_slurm):
+    made = _create(make_monitor(job_arrays=False), 3)
     assert [node_id.partition("-")[0] for node_id in made] == ["2", "3", "4"]
 
 

@@ -35,7 +35,7 @@ def make(tmp_path, fake_slurm):
 def head(make):
     cluster = make()
     node_id = cluster.create_head("head", CONFIG, HEAD)
-    cluster.let_head_start(node_id, autoscaler_v2=True, usage_stats=False)
+    cluster.let_head_start(node_id, usage_stats=False)
     pid = int(node_id.split("-")[-2])
     assert procfs.wait_until(lambda: (found := procfs.find(pid)) is not None and found.name == "sleep", 10)
     yield node_id

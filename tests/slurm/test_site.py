@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import RAY, RAY_SLURM, cluster_config, listening_ports, tasks_script, user_environment, wait_for
+from support import RAY, RAY_SLURM, cluster_config, listening_ports, tasks_script, user_environment
 
 from ray_slurm_provider.agent import ports
 from ray_slurm_provider.sandbox.layout import read_layout
@@ -99,24 +99,6 @@ def test_a_range_with_too_few_free_ports_says_how_many_are_needed(make_cluster):
     taken.release()
     assert done.returncode == 1
     assert re.search(r"only 8 are free .* needs 11", done.stdout + done.stderr)
-
-
-def test_autoscaler_v1_grows_and_shrinks_also_when_nodes_share_a_host(make_cluster, tmp_path):
-    cluster = make_cluster("old", types=WORKER, idle_timeout_minutes=0.1)
-    cluster.environ["RAY_UP_enable_autoscaler_v2"] = "0"
-    cluster.up()
-    seen = cluster.run_on_head(tasks_script(tmp_path, 2))
-    assert "cloud instance" not in cluster.head_monitor_log().read_text()
-    jobs = {task["job"] for task in seen}
-    assert len(jobs) == 2
-    assert {job.job_id for job in cluster.workers()} == jobs
-    status = cluster.ray("exec", cluster.yaml, "--no-config-cache", "ray status").stdout
-    assert len(re.findall(r"^ 1 worker|^ 2 worker", status, re.MULTILINE)) == 1
-    wait_for(lambda: [job.name for job in cluster.jobs()] == ["ray-old-head"], 90, "only the head left")
-    # And it grows again: what has gone is forgotten.
-    assert len(cluster.run_on_head(tasks_script(tmp_path, 1))) == 1
-    cluster.down()
-    assert cluster.jobs() == []
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="makes a network of its own, which only root may")

@@ -15,7 +15,7 @@ import pytest
 from support import wait_for
 
 from ray_slurm_provider import procfs
-from ray_slurm_provider.agent import network, temp_dirs
+from ray_slurm_provider.agent import network, ray_command, temp_dirs
 from ray_slurm_provider.agent.ray_command import HEAD_PORTS, shell_environment, start_command, start_environment
 from ray_slurm_provider.agent.spec import AgentSpec, read_spec
 from ray_slurm_provider.files import write_atomically, write_json
@@ -84,55 +84,29 @@ def base():
 
 
 def test_a_temp_dir_is_private_and_short_and_goes_with_its_node(base, tmp_path):
-    path = temp_dirs.make_temp_dir(str(base), "1-a")
+    path = temp_dirs.make_temp_dir(str(base))
     assert path.stat().st_mode & 0o777 == 0o700
     assert len(str(path)) <= temp_dirs.MAX_LENGTH
-    temp_dirs.leave_temp_dir(path, "1-a")
+    temp_dirs.leave_temp_dir(path)
     assert not path.exists()
     long = tmp_path / ("x" * 60)
     long.mkdir()
     with pytest.raises(ValueError, match="107 bytes"):
-        temp_dirs.make_temp_dir(str(long), "1-a")
+        temp_dirs.make_temp_dir(str(long))
 
 
 def test_a_temp_dir_may_name_variables(base, monkeypatch):
     monkeypatch.setenv("WHERE", str(base))
-    assert temp_dirs.make_temp_dir("$WHERE", "1-a").parents[1] == base
-
-
-def test_a_shared_temp_dir_goes_with_its_last_node_and_lets_one_start_at_a_time(base):
-    shared = base / "rsp-shared" / "r"
-    temp_dirs.join_temp_dir(shared, "2-b")
-    temp_dirs.join_temp_dir(shared, "3-c")
-    first, second = temp_dirs.StartLock(shared), temp_dirs.StartLock(shared)
-    assert first.acquired()
-    assert not second.acquired()
-    first.release()
-    assert second.acquired()
-    second.release()
-    temp_dirs.leave_temp_dir(shared, "2-b")
-    assert shared.exists()
-    temp_dirs.leave_temp_dir(shared, "3-c")
-    assert not shared.parent.exists()
-
-
-def test_a_shared_temp_dir_that_others_can_enter_is_not_used(base):
-    (base / "rsp-open").mkdir(mode=0o755)
-    (base / "rsp-link").symlink_to(tempfile.mkdtemp(dir=base))
-    for name in ("rsp-open", "rsp-link"):
-        with pytest.raises(PermissionError, match="not ours alone"):
-            temp_dirs.join_temp_dir(base / name / "r", "2-b")
+    assert temp_dirs.make_temp_dir("$WHERE").parents[1] == base
 
 
 def test_only_what_a_killed_job_left_is_swept(base):
-    living, dead, old, elsewhere = (
-        temp_dirs.make_temp_dir(str(base), name).parent for name in ("1-l", "2-d", "4-o", "3-e")
-    )
+    living, dead, old, elsewhere = (temp_dirs.make_temp_dir(str(base)).parent for _ in range(4))
     (base / "rsp-strange").mkdir()
-    note = json.loads((living / "users" / "1-l.json").read_text())
-    write_json(dead / "users" / "2-d.json", {**note, "start": "1"})
-    write_json(old / "users" / "4-o.json", {**note, "boot": "an earlier one"})
-    write_json(elsewhere / "users" / "3-e.json", {**note, "start": "1", "boot": "another", "host": "another"})
+    note = json.loads((living / "user.json").read_text())
+    write_json(dead / "user.json", {**note, "start": "1"})
+    write_json(old / "user.json", {**note, "boot": "an earlier one"})
+    write_json(elsewhere / "user.json", {**note, "start": "1", "boot": "another", "host": "another"})
     assert sorted(temp_dirs.sweep_temp_dirs(str(base))) == sorted([dead, old])
     assert sorted(path for path in base.iterdir()) == sorted([living, elsewhere, base / "rsp-strange"])
 
@@ -155,9 +129,7 @@ def test_the_head_gets_its_ports_and_rays_patience():
         "--dashboard-host=1.2.3.4",
     ):
         assert word in command
-    environ = start_environment(
-        HEAD, "9-a", {"CPU": 0}, "1.2.3.4:1", "/tmp/t", PORTS, {"autoscaler_v2": True, "usage_stats": False}
-    )
+    environ = start_environment(HEAD, {"CPU": 0}, "1.2.3.4:1", PORTS, {"usage_stats": False})
     assert environ["RAY_enable_autoscaler_v2"] == "1"
     assert environ["RAY_AUTH_MODE"] == "token"
     assert environ["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"].isdigit()
@@ -166,16 +138,16 @@ def test_the_head_gets_its_ports_and_rays_patience():
 
 def test_a_broken_connection_is_noticed_soon_unless_somebody_wants_it_otherwise():
     name = "RAY_grpc_client_keepalive_time_ms"
-    assert start_environment(WORKER, "9-a", {"CPU": 2}, "", "", {}, {})[name] == "60000"
-    assert f"export {name}=60000\n" in shell_environment({}, "/t", {})
-    assert f"export {name}=5\n" in shell_environment({name: "5"}, "/t", {})
+    assert start_environment(WORKER, {"CPU": 2}, "", {}, {})[name] == "60000"
+    assert f"export {name}=60000\n" in shell_environment({}, {})
+    assert f"export {name}=5\n" in shell_environment({name: "5"}, {})
 
 
 @pytest.mark.parametrize(
     ("max_workers", "period_ms"), [(0, "200"), (8, "200"), (49, "500"), (99, "1000"), (5000, "1000"), (None, "1000")]
 )
 def test_the_head_of_a_small_cluster_asks_its_nodes_more_often(max_workers, period_ms):
-    environ = start_environment(HEAD, "9-a", {}, "1.2.3.4:1", "/tmp/t", PORTS, {"max_workers": max_workers})
+    environ = start_environment(HEAD, {}, "1.2.3.4:1", PORTS, {"max_workers": max_workers})
     assert environ["RAY_gcs_pull_resource_loads_period_milliseconds"] == period_ms
 
 
@@ -189,20 +161,19 @@ def test_a_worker_joins_its_head():
     command = start_command(WORKER, "1.2.3.5", PORTS, "/tmp/t")
     assert "--address=1.2.3.4:5" in command
     assert command[-1] == "--x=1"
-    environ = start_environment(WORKER, "9-a", {"CPU": 2}, "", "", {}, {})
+    environ = start_environment(WORKER, {"CPU": 2}, "", {}, {})
     assert json.loads(environ["RAY_OVERRIDE_LABELS"]) == {"a": "b"}
     assert "RAY_enable_autoscaler_v2" not in environ
     assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2}
 
 
-def test_autoscaler_v1_knows_a_node_by_a_number():
-    spec = WORKER._replace(autoscaler_v1=True)
-    environ = start_environment(spec, "9-a", {"CPU": 2}, "", "", {}, {})
-    assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2, "NODE_ID_AS_RESOURCE": 11}
-    environ = start_environment(HEAD, "9-zzzzzz", {}, "", "", PORTS, {"autoscaler_v2": False})
-    assert environ["RAY_enable_autoscaler_v2"] == "0"
-    # Ray keeps resources as doubles.
-    assert float(json.loads(environ["RAY_OVERRIDE_RESOURCES"])["NODE_ID_AS_RESOURCE"]) == 36**6
+@pytest.mark.parametrize(("version", "fits"), [("2.54.1", False), ("1.99.0", False), ("2.55.0", True), ("3.0.0", True)])
+def test_a_ray_that_is_too_old_is_named(tmp_path, monkeypatch, version, fits):
+    (tmp_path / "_version.py").write_text(f'commit = "1"\nversion = "{version}"\n')
+    monkeypatch.setattr(ray_command, "_ray_package", lambda: tmp_path)
+    said = ray_command.unfit_ray()
+    assert (said == "") == fits
+    assert fits or f"has Ray {version}, and ray-slurm-provider needs 2.55 or newer" in said
 
 
 def test_worker_processes_get_ports_of_the_range():
@@ -211,9 +182,9 @@ def test_worker_processes_get_ports_of_the_range():
 
 
 def test_metrics_are_closed_unless_they_are_wanted():
-    closed = start_environment(HEAD, "9-a", {}, "", "", PORTS, {})
+    closed = start_environment(HEAD, {}, "", PORTS, {})
     assert (closed["RAY_enable_metrics_collection"], closed["AUTOSCALER_METRIC_PORT"]) == ("0", "-1")
-    wanted = start_environment(HEAD._replace(metrics=True), "9-a", {}, "", "", PORTS, {})
+    wanted = start_environment(HEAD._replace(metrics=True), {}, "", PORTS, {})
     assert "RAY_enable_metrics_collection" not in wanted
     assert wanted["AUTOSCALER_METRIC_PORT"] == str(PORTS["autoscaler_metrics"])
 
@@ -256,7 +227,7 @@ def test_a_variable_that_only_jobs_have_is_no_matter_on_the_login_node(base, mon
     assert temp_dirs._expanded("$NO_SUCH_VARIABLE/x") == temp_dirs.DEFAULT_BASE
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     with pytest.raises(ValueError, match="NO_SUCH_VARIABLE"):
-        temp_dirs.make_temp_dir("${NO_SUCH_VARIABLE}/x", "1-a")
+        temp_dirs.make_temp_dir("${NO_SUCH_VARIABLE}/x")
 
 
 def test_a_spec_comes_back_as_it_was_and_one_of_another_version_is_refused():

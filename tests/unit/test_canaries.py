@@ -25,7 +25,7 @@ from ray_slurm_provider.files import write_json
 from ray_slurm_provider.findings import Finding
 
 GREETING = {"token": "abc", "boot_id": "another", "versions": versions()}
-HOST = {"temp_dir": "/tmp", "node_id": "1-abc", "resources": {"object_store_memory": 2**30}}
+HOST = {"temp_dir": "/tmp", "resources": {"object_store_memory": 2**30}}
 
 
 def _by_check(findings):
