@@ -24,7 +24,7 @@ from ray_slurm_provider.birth_certificate import new_token
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import log_tail
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import SlurmError, SlurmProviderError, SubmitRejected
+from ray_slurm_provider.errors import SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.files import write_atomically, write_json
 from ray_slurm_provider.findings import FAILURE, OK, WARNING, Finding
 from ray_slurm_provider.slurm.client import SlurmClient
@@ -40,6 +40,7 @@ _CLOCK_S = 1.0
 _REPORT = TypeAdapter(ProbeReport)
 # The name of the login node among the node types that are to be reached.
 _THIS_HOST = "this host"
+Address = tuple[str, int]  # with the port
 
 
 class NodeType(NamedTuple):
@@ -73,11 +74,7 @@ class ProbeJob:
 
 
 def look_around(
-    settings: SlurmSettings,
-    types: Sequence[NodeType],
-    environ: Mapping[str, str],
-    wait_s: float,
-    login: tuple[str, int] | None,
+    settings: SlurmSettings, types: Sequence[NodeType], environ: Mapping[str, str], wait_s: float, login: Address | None
 ) -> Iterator[Finding]:
     """Yield what probe jobs of all node types find, and those that do not start within `wait_s` seconds.
 
@@ -87,7 +84,7 @@ def look_around(
     slurm, root, token = cluster.slurm_client(), cluster.directory.root, new_token()
     jobs: list[ProbeJob] = []
     with ExitStack() as stack:
-        stack.callback(_remove_directory, cluster, state_dir_existed=root.parent.exists())
+        stack.callback(_remove_directory, cluster)
         cluster.directory.prepare()
         stack.callback(_clear_away, slurm, root, jobs)
         stack.enter_context(FileLock(root / LOCK))
@@ -106,11 +103,9 @@ def look_around(
             yield from findings_of(jobs, _let_them_meet(slurm, root, jobs, login))
 
 
-def _remove_directory(cluster: Cluster, *, state_dir_existed: bool) -> None:
-    with suppress(SlurmProviderError, OSError):
+def _remove_directory(cluster: Cluster) -> None:
+    with suppress(StateError, OSError):
         cluster.directory.remove()
-        if not state_dir_existed:
-            cluster.directory.root.parent.rmdir()
 
 
 def _clear_away(slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob]) -> None:
@@ -201,8 +196,8 @@ def _check_comments(settings: SlurmSettings, slurm: SlurmClient, jobs: Sequence[
 
 
 def _let_them_meet(
-    slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob], login: tuple[str, int] | None
-) -> dict[str, tuple[str, int]]:
+    slurm: SlurmClient, root: Path, jobs: Sequence[ProbeJob], login: Address | None
+) -> dict[str, Address]:
     """Have everybody connect to everybody, and this host to all; return where each listens."""
     listening = {job.name: job for job in jobs if job.report and job.report.port}
     peers = {name: (job.report.address, job.report.port) for name, job in listening.items() if job.report}
@@ -222,25 +217,26 @@ def _let_them_meet(
     return peers
 
 
-def findings_of(jobs: Sequence[ProbeJob], peers: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
+def findings_of(jobs: Sequence[ProbeJob], peers: Mapping[str, Address]) -> Iterator[Finding]:
     """Yield a line for each thing that is well with some node types, and one for each problem."""
     reports = [(job, job.report) for job in jobs if job.report is not None]
     yield Finding("probe jobs", OK, "ran: " + ", ".join(f"{job.name} on {report.host}" for job, report in reports))
-    found = [(job, report, finding) for job, report in reports for finding in report.findings]
-    found += [(job, report, finding) for job, report in reports for finding in _meeting(job, report, peers)]
+    found = [
+        (job.name, report.host, finding)
+        for job, report in reports
+        for finding in (*report.findings, *_meeting(job, report, peers))
+    ]
     for check in dict.fromkeys(finding.check for *_, finding in found):
-        fine = []
-        for job, report, finding in found:
-            if finding.check == check and finding.level == OK:
-                fine.append((job.name, finding.text))
-            elif finding.check == check:
-                text = f"{report.host}: {finding.text}"
-                yield Finding(f"{check} of {job.name}", finding.level, text, finding.advice)
+        here = [(name, host, finding) for name, host, finding in found if finding.check == check]
+        for name, host, finding in here:
+            if finding.level != OK:
+                yield Finding(f"{check} of {name}", finding.level, f"{host}: {finding.text}", finding.advice)
+        fine = [(name, finding.text) for name, _, finding in here if finding.level == OK]
         if fine:
             yield Finding(check, OK, f"{', '.join(name for name, _ in fine)}: {fine[0][1]}")
 
 
-def _meeting(job: ProbeJob, report: ProbeReport, peers: Mapping[str, tuple[str, int]]) -> Iterator[Finding]:
+def _meeting(job: ProbeJob, report: ProbeReport, peers: Mapping[str, Address]) -> Iterator[Finding]:
     """Yield whether the host of a job and the others find each other, and the same time."""
     if job.name not in peers:
         return  # its address tells

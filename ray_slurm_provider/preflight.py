@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from ray_slurm_provider.agent import host_checks, network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.bootstrap import check_file_mounts, resolve_file
-from ray_slurm_provider.canaries import NodeType, look_around
+from ray_slurm_provider.canaries import Address, NodeType, look_around
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings, read_node_config, read_settings
 from ray_slurm_provider.errors import SlurmError, SlurmProviderError
@@ -39,28 +39,15 @@ class Site:
     """What the checks look at, and what later ones need of earlier ones."""
 
     path: Path  # the YAML
-    types: list[NodeType]
+    settings: SlurmSettings
+    jobs: list[NodeType]
+    login_head: NodeType | None  # the head, when it is a process on this host
     cluster: Cluster
     slurm: SlurmClient
     environ: Mapping[str, str]  # what a job would start with
     probe_wait_s: float | None  # how long to wait for probe jobs, seconds; None for no jobs
     accepted: list[NodeType] = field(default_factory=list)  # those that sbatch would take
-    login: tuple[str, int] | None = None  # where this host listens as a head would
-
-    @property
-    def settings(self) -> SlurmSettings:
-        """Its ``provider.slurm``."""
-        return self.cluster.settings
-
-    @property
-    def jobs(self) -> list[NodeType]:
-        """The node types that are jobs."""
-        return [kind for kind in self.types if kind.config.placement == "slurm"]
-
-    @property
-    def login_head(self) -> NodeType | None:
-        """The head, when it is a process on this host."""
-        return next((kind for kind in self.types if kind.config.placement == "login_node"), None)
+    login: Address | None = None  # where this host listens as a head would
 
     def nodes_are_here(self) -> bool:
         """Tell whether every SLURM node is this host; there may be thousands, and a look-up takes its time."""
@@ -80,21 +67,33 @@ def preflight(path: Path, environ: Mapping[str, str], probe_wait_s: float | None
         yield Finding("yaml", FAILURE, str(error))
         return
     types = [
-        NodeType(
-            name,
-            read_node_config(entry["node_config"], f"available_node_types.{name}.node_config"),
-            name == config["head_node_type"],
-        )
+        NodeType(name, read_node_config(entry["node_config"], name), name == config["head_node_type"])
         for name, entry in config["available_node_types"].items()
     ]
-    cluster = Cluster(config["cluster_name"], read_settings(config["provider"]["slurm"]), environ)
-    site = Site(path, types, cluster, cluster.slurm_client(), job_environment(environ), probe_wait_s)
     yield Finding("yaml", OK, f"{path} is valid; {len(types)} node types")
-    for check in _CHECKS:
-        for finding in _guarded(check, site):
-            yield finding
-            if finding.level == FAILURE and finding.check in _NEEDED_BY_OTHERS:
-                return
+    jobs = [kind for kind in types if kind.config.placement == "slurm"]
+    login_head = next((kind for kind in types if kind.config.placement == "login_node"), None)
+    settings = read_settings(config["provider"]["slurm"])
+    cluster = Cluster(config["cluster_name"], settings, environ)
+    slurm, job_environ = cluster.slurm_client(), job_environment(environ)
+    site = Site(path, settings, jobs, login_head, cluster, slurm, job_environ, probe_wait_s)
+    with _state_dir_left_as_it_is(settings.directory()):
+        for check in _CHECKS:
+            for finding in _guarded(check, site):
+                yield finding
+                if finding.level == FAILURE and finding.check in _NEEDED_BY_OTHERS:
+                    return
+
+
+@contextmanager
+def _state_dir_left_as_it_is(directory: Path) -> Iterator[None]:
+    existed = directory.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):
+                directory.rmdir()
 
 
 def _guarded(check: Callable[[Site], Iterator[Finding]], site: Site) -> Iterator[Finding]:
@@ -171,7 +170,6 @@ def _submissions(site: Site) -> Iterator[Finding]:
 
 def _state_dir(site: Site) -> Iterator[Finding]:
     directory = site.settings.directory()
-    existed = directory.exists()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = directory / ".check.lock"
     try:
@@ -183,9 +181,6 @@ def _state_dir(site: Site) -> Iterator[Finding]:
         return
     finally:
         lock.unlink(missing_ok=True)
-        if not existed:
-            with suppress(OSError):
-                directory.rmdir()
     if on_local_disk(directory) and not site.nodes_are_here():
         text = f"{directory} looks like a file system of this host alone"
         yield Finding("state_dir", WARNING, text, "a directory that login and compute nodes share")
@@ -212,9 +207,8 @@ def _python(site: Site) -> Iterator[Finding]:
 def _address(site: Site) -> Iterator[Finding]:
     interface = site.settings.interface
     if site.login_head is None:
-        yield Finding(
-            "address", OK, f"each job takes that of {f'interface {interface}' if interface else 'its SLURM node'}"
-        )
+        owner = f"interface {interface}" if interface else "its SLURM node"
+        yield Finding("address", OK, f"each job takes that of {owner}")
         return
     address, port, finding = host_checks.listen_as_ray(
         lambda: network.choose_login_address(interface or "", site.slurm.node_addresses),

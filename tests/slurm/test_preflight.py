@@ -151,6 +151,11 @@ def _defects_of_compute_nodes():
         ),
         ("SLURM in the job of head", "not here", tools_not_in_jobs),
         ("probe job of worker", "setup_commands[0] failed with exit code 3", _setup("(exit 3)")),
+        (
+            "probe job of worker",
+            "its report is not understood here: ",
+            _setup('echo "{}" > "$RAY_SLURM_DIR/$SLURM_JOB_ID.found.json"; exit 0'),
+        ),
         ("address of head", "interface 'ib9' does not exist", set_slurm(interface="ib9")),
         ("temp_dir of worker", "/nowhere", set_slurm(temp_dir="/nowhere/$USER")),
         ("open files of head", "at most 100 open files per process", _setup("ulimit -n 100")),

@@ -19,8 +19,8 @@ from ray_slurm_provider.agent import canary, host_checks
 from ray_slurm_provider.agent.canary import LOCK, ProbeReport, compare, is_locked
 from ray_slurm_provider.agent.host_checks import ask_time, check_address, check_host, listen_as_ray, versions
 from ray_slurm_provider.agent.spec import AgentSpec
-from ray_slurm_provider.canaries import ProbeJob, findings_of
-from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.canaries import ProbeJob, _check_comments, _submit, _why_silent, findings_of
+from ray_slurm_provider.errors import SlurmError, SubmitRejected
 from ray_slurm_provider.files import write_json
 from ray_slurm_provider.findings import Finding
 
@@ -281,3 +281,46 @@ def test_a_report_that_is_none_is_a_finding(tmp_path, text):
     assert finding.level == "failure"
     assert "job 1: its report is not understood here: " in finding.text
     assert finding.advice
+
+
+@pytest.mark.parametrize(("category", "level"), [("limit", "warning"), ("partition", "failure")])
+def test_a_refused_job_is_told_and_the_others_run(category, level):
+    class Slurm:
+        def submit(self, script, _):
+            if script == "bad":
+                raise SubmitRejected(["sbatch"], 1, "", "no, thanks", category)
+            return "7"
+
+    jobs = []
+    (finding,) = _submit(Slurm(), {"head": "bad", "worker": "good"}, {}, jobs)
+    assert (finding.check, finding.level) == ("probe job of head", level)
+    assert "sbatch refuses it: no, thanks" in finding.text
+    assert finding.advice
+    assert jobs == [ProbeJob("worker", "7")]
+
+
+@pytest.mark.parametrize(
+    ("row", "level", "said"),
+    [
+        (SimpleNamespace(queued=False, reason="None"), "warning", "job 1 runs, and has not reported yet"),
+        (SimpleNamespace(queued=True, reason="Priority"), "warning", "job 1 is still queued: Priority"),
+        (SimpleNamespace(queued=True, reason="BadConstraints"), "failure", "it will never start"),
+    ],
+)
+def test_a_job_that_does_not_report_in_time_is_told(row, level, said):
+    finding = _why_silent(None, ProbeJob("head", "1"), "abc", row)
+    assert (finding.check, finding.level) == ("probe job of head", level)
+    assert said in finding.text
+    assert finding.advice
+
+
+def test_a_site_that_changes_comments_is_told():
+    rows = [SimpleNamespace(job_id="1", comment="ray-slurm:x"), SimpleNamespace(job_id="2", comment="project 7")]
+    slurm, settings = SimpleNamespace(jobs=lambda: rows), SimpleNamespace(birth_record="comment")
+    jobs = [ProbeJob("head", "1"), ProbeJob("worker", "2")]
+    (finding,) = _check_comments(settings, slurm, jobs)
+    assert (finding.check, finding.level) == ("comment", "failure")
+    assert "(worker)" in finding.text
+    assert finding.advice
+    assert list(_check_comments(settings, slurm, jobs[:1])) == []
+    assert list(_check_comments(SimpleNamespace(birth_record="file"), slurm, jobs)) == []
