@@ -143,6 +143,7 @@ def test_slurm_takes_the_plugin_of_the_docs_for_admins(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "site.md").read_text()
     plugin = re.search(r"^```lua\n(.*?)^```", text, re.DOTALL | re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory(prefix="rsl-") as parent:
+        Path(parent).chmod(0o755)
         box = Sandbox(Path(parent) / "s")
         layout = {"nodes": [{"name": "c"}], "partitions": [{"name": "cpu", "groups": ["c"]}], "job_submit": plugin}
         box.up(read_layout(layout))
