@@ -77,6 +77,9 @@ class Checker:
     _tokens: dict[str, str] = field(default_factory=dict)
     _ray: list[str] | None = None
     _ray_at: float = 0.0
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _child: subprocess.Popen | None = None
+    _threads: list[threading.Thread] = field(default_factory=list)
 
     def look(self):
         """Take one sample and judge it."""
@@ -153,8 +156,6 @@ class Checker:
 
     def start(self, command=None, environ=None):
         """Look once in a second, in a thread; follow Ray's list with a command that prints it."""
-        self._stopped = threading.Event()
-        self._child = None
 
         def run():
             while not self._stopped.wait(1):

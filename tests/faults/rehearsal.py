@@ -68,6 +68,8 @@ def node(box, name, fault):
 @click.pass_obj
 def controller(box, fault, forget_jobs):
     """Stop, start, freeze, thaw or crash slurmctld."""
+    if forget_jobs and fault != "start":
+        raise click.UsageError("--forget-jobs goes with start")
     box.controller_fault(fault, forget_jobs=forget_jobs)
 
 
