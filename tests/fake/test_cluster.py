@@ -21,6 +21,7 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.head_wait import wait_for_head
+from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
@@ -53,8 +54,9 @@ def head_id(login):
 
 
 @pytest.fixture
-def monitor(login, head_id, fake_slurm, settings, clock):
-    """The cluster as the autoscaler on the head sees it."""
+def monitor(login, head_id, fake_slurm, settings, clock, monkeypatch):
+    """The cluster as the autoscaler on the head sees it; each reason is news, nothing is held."""
+    monkeypatch.setattr(HeldLaunches, "is_news", lambda *_: True)
     environ = {
         **fake_slurm.environ,
         "RAY_CLOUD_INSTANCE_ID": head_id,

@@ -225,12 +225,14 @@ def test_commands_tell_of_a_deleted_directory_and_ray_down_ends_the_cluster(
     shutil.rmtree(login.directory.root)
     for name in ("PATH", "FAKE_SLURM_DIR"):
         monkeypatch.setenv(name, fake_slurm.environ[name])
-    provider = SlurmNodeProvider({"slurm": {"state_dir": login.settings.state_dir}}, "c")
-    monkeypatch.setattr("sys.argv", ["ray", command, "x.yaml"])
+    settings = {"slurm": {"state_dir": login.settings.state_dir}}
+    with click.Context(click.Command(command)):
+        provider = SlurmNodeProvider(settings, "c")
     with pytest.raises(click.ClickException, match="was deleted while its head, job 1-") as told:
         provider.non_terminated_nodes({TAG_KIND: KIND_HEAD})
     assert told.value.exit_code == 1
-    monkeypatch.setattr("sys.argv", ["ray", "down", "x.yaml"])
+    with click.Context(click.Command("down")):
+        provider = SlurmNodeProvider(settings, "c")
     (head_id,) = provider.non_terminated_nodes({TAG_KIND: KIND_HEAD})
     provider.terminate_nodes([head_id])
     assert provider.non_terminated_nodes({TAG_KIND: KIND_HEAD}) == []

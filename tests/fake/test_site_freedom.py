@@ -16,6 +16,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.site_rules import SiteFile, SiteLimits
 
@@ -23,8 +24,9 @@ CONFIG = NodeConfig()
 
 
 @pytest.fixture
-def make(fake_slurm, tmp_path):
-    """Make the cluster as `ray up` sees it, or as the autoscaler of a head does."""
+def make(fake_slurm, tmp_path, monkeypatch):
+    """Make the cluster as `ray up` sees it, or as the autoscaler of a head does; each reason is news, nothing is held."""
+    monkeypatch.setattr(HeldLaunches, "is_news", lambda *_: True)
 
     def make(head="", **settings):
         settings = SlurmSettings(

@@ -9,6 +9,7 @@ import pytest
 from ray.scripts import scripts
 
 from ray_slurm_provider.node_provider import _refuse_sessions
+from ray_slurm_provider.ray_contract import ray_command
 from ray_slurm_provider.sessions import STOP_TAIL, submission, with_stop
 
 
@@ -41,11 +42,10 @@ def test_the_end_of_the_cluster_is_asked_for_after_the_command_which_gives_the_e
 @pytest.mark.parametrize(
     ("command", "words"), [("exec", ["x.yaml", "true"]), ("submit", ["x.yaml", "s.py"]), ("attach", ["x.yaml"])]
 )
-def test_sessions_are_refused_with_another_way(monkeypatch, command, words, tool):
-    monkeypatch.setattr("sys.argv", ["ray", command, *words])
+def test_sessions_are_refused_with_another_way(command, words, tool):
     context = getattr(scripts, command).make_context(command, [f"--{tool}", *words])
     with context, pytest.raises(click.ClickException, match="ray job submit") as refused:
-        _refuse_sessions()
+        _refuse_sessions(ray_command())
     assert f"--{tool} does not work here" in str(refused.value)
     assert 'eval "$(ray-slurm env x.yaml)"' in str(refused.value)
     assert refused.value.exit_code == 1
@@ -53,5 +53,5 @@ def test_sessions_are_refused_with_another_way(monkeypatch, command, words, tool
 
 def test_a_scripts_own_option_is_none_of_ours():
     with scripts.submit.make_context("submit", ["x.yaml", "s.py", "--", "--tmux"]):
-        _refuse_sessions()
-    _refuse_sessions()
+        _refuse_sessions(ray_command())
+    _refuse_sessions(ray_command())
