@@ -26,7 +26,7 @@ from ray_slurm_provider.errors import HeadFailed
 from ray_slurm_provider.file_sync import SyncOptions, copy, is_shared
 from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
-from ray_slurm_provider.progress import HeadProgress, queue_places
+from ray_slurm_provider.progress import HeadProgress
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, ray_command, readable
 from ray_slurm_provider.sessions import submission, with_stop
 from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
@@ -158,7 +158,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if node.ready:
             self._restart(node)
         try:
-            with HeadProgress(self._cluster.log_of(self._node_id), lambda: queue_places(self._cluster)) as progress:
+            with HeadProgress(self._cluster.log_of(self._node_id)) as progress:
                 wait_for_head(self._cluster, self._node_id, progress.tell, progress.trouble)
         except HeadFailed as error:
             raise HeadStartError(str(error)) from error

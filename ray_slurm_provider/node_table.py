@@ -15,7 +15,7 @@ from rich.table import Table
 from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.nodes import TAG_TYPE
-from ray_slurm_provider.progress import queue_places, waits_for
+from ray_slurm_provider.progress import waits_for
 from ray_slurm_provider.slurm.parse import format_time
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.clusters import ClusterRow
     from ray_slurm_provider.nodes import Node
-    from ray_slurm_provider.slurm.types import QueuePlace
 
 _WATCH_S = 2.0
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -40,7 +39,7 @@ class NodeRow:
         state: SLURM's state of the job.
         ray: Whether Ray is up there.
         reason: SLURM's reason while it waits.
-        waits_for: That in plain words, with its place in the queue and its expected start, as far as SLURM tells.
+        waits_for: That in plain words, with its expected start as far as SLURM tells.
         host: SLURM node.
         address: Address that Ray uses.
         time_left: Until the time limit.
@@ -64,8 +63,7 @@ class NodeRow:
 def node_rows(cluster: Cluster) -> list[NodeRow]:
     """Return a row for each living node, the head first."""
     nodes = sorted(cluster.nodes().values(), key=lambda node: (not node.is_head, _job_number(node)))
-    places = queue_places(cluster)
-    return [_row(cluster, node, places.get(node.node_id)) for node in nodes]
+    return [_row(cluster, node) for node in nodes]
 
 
 def print_nodes(cluster: Cluster) -> None:
@@ -108,7 +106,7 @@ def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
         return []
 
 
-def _row(cluster: Cluster, node: Node, place: QueuePlace | None) -> NodeRow:
+def _row(cluster: Cluster, node: Node) -> NodeRow:
     report = node.report
     return NodeRow(
         id=node.node_id,
@@ -116,7 +114,7 @@ def _row(cluster: Cluster, node: Node, place: QueuePlace | None) -> NodeRow:
         state=node.seen.state,
         ray="up" if node.ready else "",
         reason=node.seen.reason if node.seen.queued else "",
-        waits_for=", ".join(waits_for(node, place)),
+        waits_for=", ".join(waits_for(node)),
         host=node.seen.place,
         address=report.address if report else "",
         time_left=time_left(node.seen.end, node.seen.time_limit, time.time()),

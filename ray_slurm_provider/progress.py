@@ -9,24 +9,18 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ray_slurm_provider.birth_certificate import job_id_of
-from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.slurm.reasons import in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from rich.status import Status
     from typing_extensions import Self
 
-    from ray_slurm_provider.cluster import Cluster
+    from ray_slurm_provider.errors import SlurmError
     from ray_slurm_provider.nodes import Node
-    from ray_slurm_provider.slurm.types import QueuePlace
 
 _REPEAT_S = 300.0
-# Places in the queue change slowly, and to learn them means to ask for everybody's jobs.
-_ASK_S = 30.0
 
 
 class HeadProgress:
@@ -34,18 +28,12 @@ class HeadProgress:
 
     Args:
         log: The job's log, to be named.
-        places: Asks where the cluster's jobs stand in their queues.
         console: Where to write; standard output when None.
     """
 
-    def __init__(
-        self, log: Path, places: Callable[[], Mapping[str, QueuePlace]], console: Console | None = None
-    ) -> None:
+    def __init__(self, log: Path, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._log = log
-        self._places = places
-        self._place: QueuePlace | None = None
-        self._asked_at = float("-inf")
         self._last = ""
         self._said_at = float("-inf")
         self._began = time.monotonic()
@@ -69,9 +57,7 @@ class HeadProgress:
 
     def tell(self, node: Node) -> None:
         """Show how the node stands."""
-        if node.seen.queued and time.monotonic() - self._asked_at > _ASK_S:
-            self._place, self._asked_at = self._places().get(node.node_id), time.monotonic()
-        self._show(describe(node, self._place))
+        self._show(describe(node))
 
     def trouble(self, error: SlurmError) -> None:
         """Show that SLURM does not answer."""
@@ -86,36 +72,24 @@ class HeadProgress:
             self._last, self._said_at = text, now
 
 
-def queue_places(cluster: Cluster) -> dict[str, QueuePlace]:
-    """Return where a cluster's waiting jobs stand in their queues, as far as SLURM tells, by node id."""
-    try:
-        waiting = [node_id for node_id, node in cluster.nodes().items() if node.seen.queued]
-        queue = cluster.slurm_client().queue() if waiting else {}
-    except SlurmError:
-        return {}
-    numbers = {node_id: job_id_of(node_id).partition("_")[0] for node_id in waiting}
-    return {node_id: queue[number] for node_id, number in numbers.items() if number in queue}
-
-
-def describe(node: Node, place: QueuePlace | None = None) -> str:
-    """Return one line on a node: job, state; and reason, place in the queue and expected start, or where it runs."""
+def describe(node: Node) -> str:
+    """Return one line on a node: job, state; and reason and expected start, or where it runs."""
     seen = node.seen
     parts = [node.label, seen.state]
     if seen.queued:
-        parts += waits_for(node, place)
+        parts += waits_for(node)
     else:
         parts += [f"on {seen.place}"] if seen.place else []
         parts += ["Ray is up" if node.ready else "Ray is starting"]
     return ", ".join(parts)
 
 
-def waits_for(node: Node, place: QueuePlace | None = None) -> list[str]:
-    """Return what a queued node waits for: reason, place in the queue, expected start; nothing for one that runs."""
+def waits_for(node: Node) -> list[str]:
+    """Return what a queued node waits for: reason, expected start; nothing for one that runs."""
     seen = node.seen
     if not seen.queued:
         return []
     return [
         *([f"reason {in_words(seen.reason)}"] if seen.reason else []),
-        *([f"place {place}"] if place else []),
         *([f"start expected {seen.start}"] if seen.start else []),
     ]

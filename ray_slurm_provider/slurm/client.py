@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from ray_slurm_provider.slurm.process import Completed
-    from ray_slurm_provider.slurm.types import Job, JobEnd, QueuePlace
+    from ray_slurm_provider.slurm.types import Job, JobEnd
 
 # sbatch's own words, and the category we give them; the first that fits wins.
 _REJECTIONS = (
@@ -77,15 +77,6 @@ class SlurmClient:
         if jobs != self._jobs:
             self._rows, self._jobs = rows, jobs
         return self._jobs
-
-    def queue(self) -> dict[str, QueuePlace]:
-        """Return the place of each waiting job of everybody, by job id; nothing where jobs are private."""
-        if "jobs" in self.configuration().get("PrivateData", "").lower().split(","):
-            return {}
-        form = parse.SEPARATOR.join(("%i", "%P"))
-        # --priority lists a job of several partitions in each of them.
-        argv = ["squeue", "--states=PENDING", "--priority", "--sort=-p,i", "--noheader", "--format", form]
-        return parse.parse_queue(self.tools.run(argv).stdout)
 
     def submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
         """Submit a batch script and return the job's id.

@@ -6,7 +6,7 @@ import re
 from sys import intern
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.slurm.types import Job, JobEnd, JobState, QueuePlace
+from ray_slurm_provider.slurm.types import Job, JobEnd, JobState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,28 +89,6 @@ def _parse_row(line: str) -> Job | None:
 
 def _known(word: str) -> str:
     return _NOTHING.get(word.strip(), word.strip())
-
-
-def parse_queue(text: str) -> dict[str, QueuePlace]:
-    """Return the best place of each waiting job, by job id; an array counts as one job.
-
-    Args:
-        text: A line for each job and partition, the next one first: id, separator, partition.
-    """
-    queues: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        job_id, separator, partition = line.partition(SEPARATOR)
-        if separator:
-            queue = queues.setdefault(partition, [])
-            number = job_id.partition("_")[0]
-            if number not in queue[-1:]:
-                queue.append(number)
-    result: dict[str, QueuePlace] = {}
-    for partition, queue in queues.items():
-        for place, number in enumerate(queue, 1):
-            if number not in result or place < result[number].place:
-                result[number] = QueuePlace(place, len(queue), partition)
-    return result
 
 
 def parse_submitted(text: str) -> str:

@@ -146,23 +146,6 @@ def _indices(text: str) -> Iterator[int]:
         yield from range(int(first), int(last or first) + 1, int(step or 1))
 
 
-class QueuePlace(NamedTuple):
-    """How many jobs stand before one.
-
-    Attributes:
-        place: 1 for the next one.
-        of: How many wait there.
-        partition: Where.
-    """
-
-    place: int
-    of: int
-    partition: str
-
-    def __str__(self) -> str:
-        return f"{self.place} of {self.of} in {self.partition}"
-
-
 class JobEnd(NamedTuple):
     """How a job ended, from ``scontrol show job``.
 

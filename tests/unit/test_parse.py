@@ -163,15 +163,6 @@ def test_every_state_says_whether_a_job_is_alive():
     assert not {"COMPLETING", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"} & alive
 
 
-def test_places_in_the_queue_by_partition_and_arrays_as_one():
-    lines = [("7", "cpu"), ("9_[3-5]", "cpu"), ("9_2", "cpu"), ("4", "cpu"), ("5", "gpu"), ("4", "gpu"), ("7", "gpu")]
-    places = parse.parse_queue("banner\n" + "".join(f"{job}\x1f{partition}\n" for job, partition in lines))
-    assert str(places["4"]) == "2 of 3 in gpu"
-    assert str(places["7"]) == "1 of 3 in cpu"
-    assert str(places["9"]) == "2 of 3 in cpu"
-    assert parse.parse_queue("") == {}
-
-
 @pytest.mark.parametrize(
     ("text", "ids"),
     [
