@@ -90,7 +90,7 @@ class Bed:
 
     def cluster(self, environ: Mapping[str, str] | None = None, **settings: object) -> Cluster:
         """Return the provider as the autoscaler on a head has it; the head itself is only a held job."""
-        options = {"listing_interval_s": 1, "busy_listing_interval_s": 1, "default_python": sys.executable, **settings}
+        options = {"listing_interval_s": 1, "default_python": sys.executable, **settings}
         known = SlurmSettings.model_validate({"state_dir": str(self.parent / "state"), **options})
         login = Cluster("bench", known, self.environ)
         head = login.head()

@@ -100,7 +100,7 @@ def _measure(size: int, *, asks: bool) -> tuple[list[float], list[float]]:
                 cluster.forget_listing()
             else:
                 # What is shared for a second would not be asked for at all.
-                cluster._listing.look_anew()  # noqa: SLF001
+                cluster._listing.invalidate_view()  # noqa: SLF001
             began = time.perf_counter()
             state = autoscaler.update_autoscaling_state()
             rounds.append(time.perf_counter() - began)

@@ -81,7 +81,6 @@ class Cluster:
         )
         self._lock = threading.Lock()
         self._listing = Listing(self._backend, self.directory, settings, self._environ, clock)
-        self._watched: list[Node] = []
         self._ghosts = Ghosts(clock)
         self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
         self._launcher = WorkerLauncher(self, self._environ, clock)
@@ -160,7 +159,7 @@ class Cluster:
     def forget_listing(self) -> None:
         """Ask anew at the next question."""
         with self._lock:
-            self._listing.ask_anew()
+            self._listing.invalidate()
 
     # -- changes --------------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ class Cluster:
             # Its autoscaler must not submit while it goes down.
             self.directory.set_stopping(True)
         with self._lock:
-            self._listing.unwanted(node_ids)
+            self._listing.stop_expecting(node_ids)
         try:
             self._backend.terminate(node_ids)
             with self._lock:
@@ -266,7 +265,7 @@ class Cluster:
         with self.directory.change_diary() as diary:
             diary.tags.setdefault(node_id, {}).update(tags)
         with self._lock:
-            self._listing.look_anew()
+            self._listing.invalidate_view()
 
     def let_head_start(self, node_id: str, *, usage_stats: bool) -> None:
         """Tell the head's job that everything it needs is in place."""
@@ -284,7 +283,7 @@ class Cluster:
             nonlocal trouble
             try:
                 seen_now = self._backend.sightings()
-                self._listing.refuse_without(self._listing.known, {seen.node_id for seen in seen_now})
+                self._listing.verify_missing(self._listing.known, {seen.node_id for seen in seen_now})
                 left = [seen for seen in seen_now if seen.alive or seen.state == "COMPLETING"]
                 # The autoscaler may have submitted while the head was being cancelled.
                 self._backend.terminate([seen.node_id for seen in left if seen.alive])
@@ -308,19 +307,18 @@ class Cluster:
     def _refresh(self) -> None:
         """Look at the nodes, and do what follows from what is seen; the lock is held."""
         diary = self.directory.diary()
-        changed = self._listing.look(diary.tags)
+        self._listing.look(diary.tags)
         self.launches.take_over(diary.launches)
         for node in self._listing.ended:
             self._note_end(node)
         if not self._is_autoscaler:
             return
-        if changed:
-            workers = (node for node in self._listing.nodes.values() if not node.is_head and node.seen.alive)
-            self._watched = [node for node in workers if self.launches.watches(node) or self._ghosts.suspects(node)]
-        for node in self._watched:
+        living = (node for node in self._listing.nodes.values() if not node.is_head and node.seen.alive)
+        workers = [node for node in living if self.launches.watches(node) or self._ghosts.suspects(node)]
+        for node in workers:
             if node.ready:
                 self.launches.ready(node)
-        self._withdraw(self._watched)
+        self._withdraw(workers)
 
     def _withdraw(self, workers: Sequence[Node]) -> None:
         """Cancel jobs that SLURM would never start, and those that ended without its notice: Ray counts on them."""

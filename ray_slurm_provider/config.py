@@ -125,11 +125,9 @@ class SlurmSettings(Section):
     """Further arguments for ``ssh``, for example ``-p`` and ``2222``; Ray's section ``auth`` counts too."""
     update_interval_s: Annotated[int, Field(ge=1, le=3600)] = 2
     """Seconds between two rounds of Ray's autoscaler."""
-    busy_listing_interval_s: Annotated[int, Field(ge=1, le=3600)] = 10
-    """Seconds after which the autoscaler asks squeue again while a job waits, starts or ends."""
     listing_interval_s: Annotated[int, Field(ge=1, le=3600)] = 60
-    """Seconds after which it asks again while nothing changes; what the jobs write about themselves makes it ask at
-    once."""
+    """Seconds after which the autoscaler asks squeue again while nothing changes, and six times as often while a job
+    waits, starts or ends; what the jobs write about themselves makes it ask at once."""
     withdraw_after_s: Annotated[int, Field(ge=0)] = 300
     """Seconds after which a queued job that nobody needs any more is cancelled."""
     sbatch_skip: list[Line] = []

@@ -1,21 +1,15 @@
 """Waiting for the head of a cluster, as long as it takes."""
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from ray_slurm_provider import procfs
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.errors import HeadFailed, SlurmError, SlurmNotFound
 from ray_slurm_provider.launch_control import HOPELESS_S
+from ray_slurm_provider.nodes import Node
 from ray_slurm_provider.reports import READY
 from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ray_slurm_provider.cluster import Cluster
-    from ray_slurm_provider.nodes import Node
 
 _RESTART_S = 60.0
 
@@ -27,7 +21,7 @@ def wait_for_head(
     trouble: Callable[[SlurmError], None],
     *,
     poll_s: float = 0.2,
-    ask_s: float = 2.0,
+    ask_s: float = 5.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Node:
     """Wait as long as it takes until Ray runs on the head.
@@ -38,42 +32,49 @@ def wait_for_head(
         tell: Called with the node after each question to SLURM.
         trouble: Called when SLURM does not answer; the next question may be answered.
         poll_s: Seconds between two looks at its report.
-        ask_s: Seconds between two questions to SLURM.
+        ask_s: Seconds between two questions to SLURM; a head that becomes ready is asked for at once.
         clock: A monotonic clock, seconds.
 
     Raises:
         SlurmNotFound: The tools are gone; asking again does not help.
         HeadFailed: Its job ended, or would never start and was cancelled; the text says why.
     """
-    next_question = clock()
-    hopeless_since: float | None = None
+    unstartable_since: float | None = None
     while True:
-        report = cluster.directory.report(node_id)
-        ready = report is not None and report.phase == READY
-        if ready or clock() >= next_question:
-            try:
-                node = cluster.nodes().get(node_id)
-            except SlurmNotFound:
-                raise
-            except SlurmError as error:
-                trouble(error)
-                next_question = clock() + ask_s
-                time.sleep(poll_s)
-                continue
-            next_question = clock() + ask_s
-            if node is None:
-                raise HeadFailed(cluster.obituary(node_id))
+        said_so = _says_ready(cluster, node_id)
+        node = _ask(cluster, node_id, trouble)
+        if node is not None:
             tell(node)
-            if ready and node.ready:
+            if node.ready:
                 return node
             if not (node.seen.queued and waits_for_ever(node.seen.reason)):
-                hopeless_since = None
-            elif hopeless_since is None:
-                hopeless_since = clock()
-            elif clock() - hopeless_since >= HOPELESS_S:
+                unstartable_since = None
+            elif unstartable_since is None:
+                unstartable_since = clock()
+            elif clock() - unstartable_since >= HOPELESS_S:
                 cluster.terminate([node_id])
                 raise HeadFailed(f"{node.label} was cancelled: {in_words(node.seen.reason)}")
-        time.sleep(poll_s)
+        procfs.wait_until(lambda: not said_so and _says_ready(cluster, node_id), ask_s, poll_s)  # noqa: B023 called here
+        cluster.forget_listing()
+
+
+def _ask(cluster: Cluster, node_id: str, trouble: Callable[[SlurmError], None]) -> Node | None:
+    """Return the head, None when SLURM does not answer."""
+    try:
+        node = cluster.nodes().get(node_id)
+    except SlurmNotFound:
+        raise
+    except SlurmError as error:
+        trouble(error)
+        return None
+    if node is None:
+        raise HeadFailed(cluster.obituary(node_id))
+    return node
+
+
+def _says_ready(cluster: Cluster, node_id: str) -> bool:
+    report = cluster.directory.report(node_id)
+    return report is not None and report.phase == READY
 
 
 def wait_for_restart(cluster: Cluster, before: Node) -> None:

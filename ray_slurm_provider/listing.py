@@ -1,32 +1,27 @@
 """What is known of a cluster's nodes, and when SLURM is asked again.
 
-A person who waits gets a new answer each second. The autoscaler asks seldom while nothing changes: each job writes down
-how it stands, and one stat shows whether any has.
+The autoscaler asks seldom while nothing changes: each job writes down how it stands, and one stat shows whether any
+has.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
-from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
+from ray_slurm_provider.cluster_dir import ClusterDir
+from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.errors import SlurmError, SlurmParseError
-from ray_slurm_provider.nodes import join
-from ray_slurm_provider.report_book import ReportBook
+from ray_slurm_provider.nodes import Node, join
+from ray_slurm_provider.report_cache import ReportCache
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from ray_slurm_provider.backends.base import Launch, NodeBackend
-    from ray_slurm_provider.cluster_dir import ClusterDir
-    from ray_slurm_provider.config import SlurmSettings
-    from ray_slurm_provider.nodes import Node
-    from ray_slurm_provider.reports import NodeReport
-
 _LOOK_S = 1.0
-# How long a controller that did not answer is left in peace by the autoscaler.
+# While a job waits, starts or ends, the autoscaler asks so many times as often as at rest.
+_BUSY_RATE = 6
+# For people who watch; what nodes say they see at each look.
+_FOR_PEOPLE_S = 5.0
+# How long a controller that did not answer is left in peace.
 _TROUBLE_S = 5.0
 # Ray asks about nodes that have just gone, but not about all that ever were.
 _REMEMBERED = 2000
@@ -36,13 +31,6 @@ _LOST = "LOST"
 
 class Listing:
     """The nodes of one cluster.
-
-    Args:
-        backend: Where they run.
-        directory: The cluster's directory.
-        settings: ``provider.slurm``.
-        environ: The environment of this process.
-        clock: A monotonic clock, seconds.
 
     Attributes:
         nodes: Those that wait or run, by id. One that was created here is listed once even when it has ended
@@ -68,13 +56,13 @@ class Listing:
         self._own = environ.get(INSTANCE_VARIABLE, "")
         self._inside = environ.get("RAY_SLURM_DIR") == str(directory.root)
         self._patient = bool(environ.get(GCS_ADDRESS_VARIABLE))
-        self._intervals = (settings.listing_interval_s, settings.busy_listing_interval_s)
-        self._reports = ReportBook(directory.reports, clock, eager=not self._patient)
+        self._rest_s = float(settings.listing_interval_s)
+        self._reports = ReportCache(directory.reports, clock, eager=not self._patient)
         self._sightings: list[Sighting] = []
         self._tags: Mapping[str, Mapping[str, str]] = {}
-        self._said: Mapping[str, NodeReport | None] = {}
         self._unlisted: dict[str, Launch] = {}
         self._ending: set[str] = set()
+        self._gone: set[str] = set()
         self._looked_at = self._asked_at = self._news_at = float("-inf")
         self._busy = self._passing = False
         self._trouble: SlurmError | None = None
@@ -84,11 +72,11 @@ class Listing:
         """Whether it is time to look."""
         return self._clock() - self._looked_at > _LOOK_S
 
-    def look_anew(self) -> None:
+    def invalidate_view(self) -> None:
         """Look at the next question, however soon that is."""
         self._looked_at = float("-inf")
 
-    def ask_anew(self) -> None:
+    def invalidate(self) -> None:
         """Look at the next question, and ask SLURM."""
         self._looked_at = self._asked_at = float("-inf")
         self._trouble = None
@@ -97,7 +85,7 @@ class Listing:
         """Expect nodes: one that SLURM never shows is listed once as ended."""
         self._unlisted.update(dict.fromkeys(node_ids, launch))
 
-    def unwanted(self, node_ids: Iterable[str]) -> None:
+    def stop_expecting(self, node_ids: Iterable[str]) -> None:
         """Expect nodes no more that were submitted."""
         for node_id in node_ids:
             self._unlisted.pop(node_id, None)
@@ -106,8 +94,8 @@ class Listing:
         """Expect nodes to end."""
         self._ending |= self.nodes.keys() & set(node_ids)
 
-    def look(self, tags: Mapping[str, Mapping[str, str]]) -> bool:
-        """Bring the nodes up to date; tell whether anything may have changed.
+    def look(self, tags: Mapping[str, Mapping[str, str]]) -> None:
+        """Bring the nodes up to date.
 
         Args:
             tags: Ray's tags that changed since birth, by node id.
@@ -116,66 +104,50 @@ class Listing:
             SlurmError: Nothing is known now.
         """
         now = self._clock()
-        if self._reports.look():
+        news = self._reports.has_news()
+        if news:
             self._news_at = now
-        sightings = self._sightings
-        if now - self._asked_at >= self._interval():
-            sightings = self._ask(tags)
+        asks = now - self._asked_at >= self._interval()
+        if asks:
+            self._sightings = self._ask(tags)
         elif self._trouble is not None:
             raise self._trouble.with_traceback(None)
         self._looked_at = now
-        same = sightings is self._sightings and tags == self._tags and not (self._unlisted or self._passing)
-        if same and not self._reports.is_stale:
-            self.ended = []
-            return False
-        everything = sightings
-        if self._unlisted:
-            seen_ids = {seen.node_id for seen in sightings}
-            lost = [
-                Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
-                for node_id, launch in self._unlisted.items()
-                if node_id not in seen_ids
-            ]
-            everything = [*sightings, *lost]
-        reports = self._reports.read(everything)
-        if same and reports == self._said:
-            self.ended = []
-            return False
-        self._build(everything, reports, tags)
-        self._sightings, self._tags, self._said = sightings, tags, reports
-        return True
+        self.ended = []
+        if asks or news or self._unlisted or self._passing or tags != self._tags:
+            self._build(tags)
 
     def _interval(self) -> float:
-        if not self._patient:
-            return 0.0
-        usual, busy = self._intervals
+        busy = self._rest_s / _BUSY_RATE
         if self._trouble is not None:
             return min(_TROUBLE_S, busy)
+        if not self._patient:
+            return _FOR_PEOPLE_S
         # After news, and once more later: a job ends a little after it has said so.
-        return busy if self._busy or self._ending or self._news_at > self._asked_at - busy else usual
+        return busy if self._busy or self._ending or self._news_at > self._asked_at - busy else self._rest_s
 
-    def _ask(self, tags: Mapping[str, Mapping[str, str]]) -> list[Sighting]:
+    def _ask(self, tags: Iterable[str]) -> list[Sighting]:
         self._asked_at = self._clock()
         try:
             sightings = self._backend.sightings()
-            if sightings is not self._sightings or self._unlisted:
-                self._refuse_incomplete(tags, {seen.node_id for seen in sightings})
+            self._verify_complete(tags, {seen.node_id for seen in sightings})
         except SlurmError as error:
             self._trouble = error
             raise
         self._trouble = None
         return sightings
 
-    def _refuse_incomplete(self, tags: Iterable[str], seen_ids: set[str]) -> None:
+    def _verify_complete(self, tags: Iterable[str], seen_ids: set[str]) -> None:
         if self._inside and self._own not in seen_ids:
             raise SlurmParseError(["squeue"], 0, "", f"the answer lacks this very job, {self._own}")
-        suspects = {*self.nodes, *self._unlisted}
+        expected = {*self.nodes, *self._unlisted}
         if not self._inside:
             # A process that has just begun remembers nothing; the directory does.
-            suspects |= {*tags, *self._head_that_said_so()}
-        self.refuse_without(suspects, seen_ids)
+            expected |= {*tags, *self._head_that_said_so()} - self._gone
+        self.verify_missing(expected, seen_ids)
+        self._gone |= expected - seen_ids - self._ending
 
-    def refuse_without(self, expected: Iterable[str], seen_ids: set[str]) -> None:
+    def verify_missing(self, expected: Iterable[str], seen_ids: set[str]) -> None:
         """Ask a second time about every node that an answer does not hold: unknown is not gone.
 
         Raises:
@@ -191,20 +163,28 @@ class Listing:
         report = self._directory.head_report()
         return {report.node_id} if report is not None and report.phase != ENDED else set()
 
-    def _build(
-        self,
-        sightings: list[Sighting],
-        reports: Mapping[str, NodeReport | None],
-        tags: Mapping[str, Mapping[str, str]],
-    ) -> None:
-        found = join(sightings, tags, reports, self._own if self._inside else "")
+    def _build(self, tags: Mapping[str, Mapping[str, str]]) -> None:
+        sightings = [*self._sightings, *self._lost()]
+        found = join(sightings, tags, self._reports.read(sightings), self._own if self._inside else "")
         self.ended = [node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes]
         self.nodes = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
-        self._unlisted = {node_id: launch for node_id, launch in self._unlisted.items() if node_id not in self.nodes}
+        self._tags = tags
+        self._unlisted = {}
         self._ending &= self.nodes.keys()
         self._passing = any(not node.seen.alive for node in self.nodes.values())
-        self._busy = bool(self._unlisted) or not all(node.settled for node in self.nodes.values())
+        self._busy = not all(node.settled for node in self.nodes.values())
         self._remember(found)
+
+    def _lost(self) -> list[Sighting]:
+        """Return as ended what was submitted and SLURM does not show."""
+        if not self._unlisted:
+            return []
+        seen_ids = {seen.node_id for seen in self._sightings}
+        return [
+            Sighting(node_id, launch.head, launch.tags, alive=False, state=_LOST)
+            for node_id, launch in self._unlisted.items()
+            if node_id not in seen_ids
+        ]
 
     def _remember(self, found: Mapping[str, Node]) -> None:
         self.known.update(found)

@@ -80,8 +80,6 @@ class NodeBackend(Protocol):
     def sightings(self) -> list[Sighting]:
         """Return the cluster's nodes, also those that ended a short while ago.
 
-        When nothing has changed since the last question, this is the very same list: leave it as it is.
-
         Raises:
             SlurmError: Nothing is known now. Never an incomplete list.
         """

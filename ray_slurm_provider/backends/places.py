@@ -24,18 +24,10 @@ class Places:
     def __init__(self, jobs: SlurmJobs, login: LoginProcess) -> None:
         self._jobs = jobs
         self._login = login
-        self._last_login: list[Sighting] = []
-        self._last_jobs: list[Sighting] = []
-        self._all: list[Sighting] = []
 
     def sightings(self) -> list[Sighting]:
         """Return the nodes of all places, or raise when one of them is silent."""
-        login, jobs = self._login.sightings(), self._jobs.sightings()
-        if not login:
-            return jobs
-        if login != self._last_login or jobs is not self._last_jobs:
-            self._last_login, self._last_jobs, self._all = login, jobs, [*login, *jobs]
-        return self._all
+        return [*self._login.sightings(), *self._jobs.sightings()]
 
     def batch_size(self, launch: Launch) -> int:
         """Return how many nodes of a launch may be made at once in the place that its configuration names."""

@@ -39,22 +39,11 @@ class SlurmJobs:
         self._cluster = cluster
         self._home = home
         self._births = births
-        self._rows: list[Job] = []
-        self._by_row: dict[int, list[Sighting]] = {}
-        self._sightings: list[Sighting] = []
         self._largest_array: int | None = None
 
     def sightings(self) -> list[Sighting]:
         """Return this cluster's jobs, by one squeue."""
-        rows = self._client.jobs()
-        if rows is not self._rows:
-            # A row that has not changed is the same object; the old ones are held here, so no id is given out again.
-            known = self._by_row
-            self._by_row = {
-                id(row): found if (found := known.get(id(row))) is not None else self._of_row(row) for row in rows
-            }
-            self._rows, self._sightings = rows, [seen for found in self._by_row.values() for seen in found]
-        return self._sightings
+        return [seen for row in self._client.jobs() for seen in self._of_row(row)]
 
     def batch_size(self, launch: Launch) -> int:
         """Return how many elements an array of such jobs may have.

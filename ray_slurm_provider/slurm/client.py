@@ -57,26 +57,18 @@ class SlurmClient:
 
     def __init__(self, tools: SlurmTools | None = None) -> None:
         self.tools = tools or SlurmTools()
-        self._rows: dict[str, Job] = {}
-        self._jobs: list[Job] = []
 
     def jobs(self) -> list[Job]:
         """Return this user's jobs, also the ended ones that the controller remembers (MinJobAge).
 
-        The elements of an array that wait are one row, see `Job.elements`. When the answer is the same as the one
-        before, so is the list: leave it as it is.
+        The elements of an array that wait are one row, see `Job.elements`.
         """
         argv = squeue_argv()
         text = self.tools.run(argv).stdout
         try:
-            rows = parse.parse_squeue(text, self._rows)
+            return parse.parse_squeue(text)
         except ValueError as error:
             raise SlurmParseError(argv, 0, text, f"{error}; squeue printed {text[:200]!r}") from error
-        jobs = list(rows.values())
-        # A row that has not changed is the same object, so this takes no time.
-        if jobs != self._jobs:
-            self._rows, self._jobs = rows, jobs
-        return self._jobs
 
     def submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
         """Submit a batch script and return the job's id.

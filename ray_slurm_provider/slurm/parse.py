@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from sys import intern
-from typing import TYPE_CHECKING
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
 SEPARATOR = "\x1f"
 
-# Free text stands last: a newline or a separator inside it cannot move another field. Nothing here changes while a job
-# runs, so that its row is read once.
+# Free text stands last: a newline or a separator inside it cannot move another field.
 SQUEUE_FIELDS = ("%i", "%T", "%r", "%P", "%N", "%l", "%e", "%S", "%j", "%k")
 SQUEUE_FORMAT = SEPARATOR.join(SQUEUE_FIELDS)
 # The first word of squeue's header: the header proves that squeue itself answered.
@@ -29,39 +23,22 @@ OUT_OF_SERVICE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
 _MIB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
-def parse_squeue(text: str, known: Mapping[str, Job] | None = None) -> dict[str, Job]:
-    """Read the output of ``squeue`` in our format.
+def parse_squeue(text: str) -> list[Job]:
+    """Read the output of ``squeue`` in our format, header first.
 
     A job name or comment may hold a newline, so a line that is no row of ours is the rest of somebody's
     free text and is skipped.
-
-    Args:
-        text: The output, header first.
-        known: The result of the time before: the rows of lines that are still the same.
-
-    Returns:
-        The rows by their lines.
 
     Raises:
         ValueError: This is not a complete answer of squeue: no header, or a line cut short.
     """
     if not text.endswith("\n"):
         raise ValueError("the last line is not complete")
-    lines = _lines(text)
+    lines = iter(text.split("\n"))
     # A banner may stand before the header; the rows are what is left after it.
     if not any(line.startswith(_HEADER_START) for line in lines):
         raise ValueError("there is no header line")
-    known = known or {}
-    # A line that is known already is not kept a second time.
-    return {job.line: job for line in lines if (job := known.get(line) or _parse_row(line)) is not None}
-
-
-def _lines(text: str) -> Iterator[str]:
-    """Yield the complete lines, one by one: an answer may have megabytes."""
-    start = 0
-    while (end := text.find("\n", start)) >= 0:
-        yield text[start:end]
-        start = end + 1
+    return [job for line in lines if (job := _parse_row(line)) is not None]
 
 
 def _parse_row(line: str) -> Job | None:
@@ -74,16 +51,14 @@ def _parse_row(line: str) -> Job | None:
     return Job(
         job_id,
         JobState.of(state),
-        # What many jobs have in common is kept once.
-        intern(_NOTHING.get(reason, reason)),
-        intern(partition),
+        _NOTHING.get(reason, reason),
+        partition,
         _NOTHING.get(nodes, nodes),
-        intern(_NOTHING.get(limit, limit)),
+        _NOTHING.get(limit, limit),
         _NOTHING.get(end, end),
         _NOTHING.get(start, start),
-        intern(name),
-        line,
-        len(line) - len(comment),
+        name,
+        "" if comment == "(null)" else comment,
     )
 
 

@@ -77,39 +77,18 @@ _warned_about: set[str] = set()
 
 
 class Job(NamedTuple):
-    """One row of squeue.
+    """One row of squeue; "" where it says nothing."""
 
-    Attributes:
-        job_id: ``1234``; ``1234_5`` for an element of an array, ``1234_[0-7,9]`` for all that wait.
-        state: What SLURM says about it.
-        reason: SLURM's reason for waiting or for the end, as it prints it; "" for none.
-        partition: Where it was submitted to.
-        nodes: Its SLURM nodes as a host list; "" while it waits.
-        time_limit: As squeue prints it; "" when unknown.
-        end: When it ends at the latest, or has ended, as squeue prints it; "" when unknown.
-        start: Start, or its estimate while the job waits, as squeue prints it; "" when unknown.
-        name: The job's name.
-        line: The row as squeue printed it.
-        comment_at: Where in the line the job's comment starts.
-    """
-
-    job_id: str
+    job_id: str  # 1234; 1234_5 for an element of an array, 1234_[0-7,9] for all that wait
     state: JobState
-    reason: str = ""
+    reason: str = ""  # for waiting, or for the end
     partition: str = ""
-    nodes: str = ""
+    nodes: str = ""  # a host list
     time_limit: str = ""
-    end: str = ""
-    start: str = ""
+    end: str = ""  # when it ends at the latest, or has ended
+    start: str = ""  # or its estimate, while it waits
     name: str = ""
-    line: str = ""
-    comment_at: int = 0
-
-    @property
-    def comment(self) -> str:
-        """The job's comment, "" when it has none; the longest part of a row, so it is not kept twice."""
-        text = self.line[self.comment_at :]
-        return "" if text == "(null)" else text
+    comment: str = ""
 
     @property
     def alive(self) -> bool:

@@ -19,7 +19,7 @@ from ray_slurm_provider.ray_contract import prepare_config
 
 @pytest.fixture
 def config(tmp_path):
-    eager = {"listing_interval_s": 1, "busy_listing_interval_s": 1}
+    eager = {"listing_interval_s": 1}
     return bootstrap.resolve(prepare_config(cluster_config("c", tmp_path / "state", slurm=eager)))
 
 

@@ -13,7 +13,7 @@ from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 HEAD = {TAG_KIND: "head", TAG_TYPE: "head", TAG_STATUS: "uninitialized"}
 WORKER = {TAG_KIND: "worker", TAG_TYPE: "worker", TAG_STATUS: "uninitialized"}
 # The autoscaler asks at every look.
-EAGER = {"listing_interval_s": 1, "busy_listing_interval_s": 1}
+EAGER = {"listing_interval_s": 1}
 _SOURCE = Path(__file__).with_name("fake_slurm.py")
 
 

@@ -87,7 +87,7 @@ def test_a_listing_is_shared_for_a_moment_and_dropped_by_what_changes_it(login, 
     asked = fake_slurm.calls("squeue")
     login.nodes()
     assert fake_slurm.calls("squeue") == asked
-    clock.now += 2
+    clock.now += 6
     login.nodes()
     assert fake_slurm.calls("squeue") == asked + 1
     login.terminate([head_id])
@@ -165,6 +165,7 @@ def test_a_new_process_does_not_believe_that_the_head_is_gone_either(
     assert len(fake_slurm.jobs()) == 1
     fake_slurm.faults()
     fake_slurm.change(head_id.partition("-")[0], forgotten=True, purged=True)
+    clock.now += 10
     assert another.nodes() == {}
 
 

@@ -91,18 +91,33 @@ def test_what_a_job_says_of_itself_is_a_reason_to_ask(monitor, asked, fake_slurm
     assert worker not in monitor.nodes()
 
 
-def test_a_person_gets_a_new_answer_each_second(login, monitor, fake_slurm, clock):
+def test_a_person_sees_what_nodes_say_each_second_and_what_slurm_says_every_five(login, monitor, fake_slurm, clock):
+    (head_id,) = login.nodes()
     before = fake_slurm.calls("squeue")
-    for _ in range(5):
+    for number in range(1, 31):
         clock.now += 1.01
-        login.nodes()
-    assert fake_slurm.calls("squeue") == before + 5
+        _say(login, head_id, STARTING if number % 2 else READY)
+        assert login.nodes()[head_id].ready == (number % 2 == 0)
+    assert 5 <= fake_slurm.calls("squeue") - before <= 6
 
 
-def test_nothing_is_made_anew_while_nothing_changes(monitor, asked):
+def test_a_trace_of_a_node_that_is_gone_is_followed_once(login, fake_slurm, clock):
+    head_id = login.create_head("head", CONFIG, HEAD)
+    login.set_tags("7-abcdef", {"x": "y"})
+    another = Cluster("c", login.settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    asked = fake_slurm.calls("scontrol")
+    for _ in range(3):
+        assert set(another.nodes()) == {head_id}
+        clock.now += 10
+    assert fake_slurm.calls("scontrol") == asked + 1
+
+
+def test_nothing_is_made_anew_until_something_is_heard(monitor, asked):
     asked(40)
+    while not asked(1):
+        pass
     before = monitor.nodes()
-    assert 2 <= asked(180) <= 4
+    assert asked(30) == 0
     assert all(node is before[node_id] for node_id, node in monitor.nodes().items())
 
 

@@ -36,7 +36,7 @@ LAYERS = [
     {"listing"},
     {"worker_launcher"},
     {"launch_control", "held_launches", "ghosts"},
-    {"nodes", "report_book"},
+    {"nodes", "report_cache"},
     {"backends.places"},
     {"backends.slurm_jobs", "backends.login_process"},
     {"backends.launch_script"},

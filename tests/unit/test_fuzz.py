@@ -105,7 +105,7 @@ def test_a_node_config_may_be_anything(section):
 @given(st.text())
 def test_squeue_may_print_anything(text):
     try:
-        assert isinstance(parse.parse_squeue(text), dict)
+        assert isinstance(parse.parse_squeue(text), list)
     except ValueError as error:
         assert str(error)
 
@@ -125,7 +125,7 @@ class _Controller:
     def jobs(self):
         text = "\n".join([_HEADER, *map(self.row, self.states)]) + "\n"
         try:
-            return list(parse.parse_squeue(self.mutilate(text)).values())
+            return parse.parse_squeue(self.mutilate(text))
         except ValueError as error:
             raise SlurmParseError(["squeue"], 0, "", str(error)) from error
 

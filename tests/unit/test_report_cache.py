@@ -6,32 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from ray_slurm_provider import report_book
+from ray_slurm_provider import report_cache
 from ray_slurm_provider.backends.base import Sighting
-from ray_slurm_provider.report_book import ReportBook
+from ray_slurm_provider.report_cache import ReportCache
 from ray_slurm_provider.reports import ENDED, READY, STARTING, NodeReport, ReportPaths, write_report
 
 
 class Desk:
-    """A book over a directory, with a clock that is set by hand and the files that were opened."""
+    """A cache over a directory, with a clock that is set by hand and the files that were opened."""
 
     def __init__(self, root, monkeypatch):
         self.paths = ReportPaths(root)
         self.paths.nodes.mkdir()
         self.now = 0.0
         self.opened = []
-        self.book = ReportBook(self.paths, lambda: self.now, eager=False)
-        read = report_book.read_report
-        monkeypatch.setattr(report_book, "read_report", lambda path: self.opened.append(path.stem) or read(path))
+        self.cache = ReportCache(self.paths, lambda: self.now, eager=False)
+        read = report_cache.read_report
+        monkeypatch.setattr(report_cache, "read_report", lambda path: self.opened.append(path.stem) or read(path))
 
     def say(self, node_id, phase):
         write_report(self.paths, NodeReport(node_id, phase), head=False)
 
     def phases(self, *sightings, after=1.0):
         self.now += after
-        self.book.look()
+        self.cache.has_news()
         self.opened.clear()
-        found = self.book.read(sightings)
+        found = self.cache.read(sightings)
         return {node_id: report and report.phase for node_id, report in found.items()}
 
 
@@ -61,12 +61,12 @@ def test_a_look_without_news_says_so(desk):
     desk.say("a", READY)
     desk.phases(_runs("a"))
     desk.now += 100
-    desk.book.look()
+    desk.cache.has_news()
     desk.phases(_runs("a"))
     desk.now += 100
-    assert not desk.book.look()
+    assert not desk.cache.has_news()
     desk.say("a", ENDED)
-    assert desk.book.look()
+    assert desk.cache.has_news()
 
 
 def test_two_changes_within_one_tick_of_the_file_systems_clock_are_both_seen(desk, monkeypatch):
