@@ -29,7 +29,6 @@ from ray_slurm_provider.errors import (
     SlurmNotFound,
     StateError,
 )
-from ray_slurm_provider.ghosts import Ghosts
 from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.listing import Listing
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE
@@ -38,7 +37,7 @@ from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE, WorkerLauncher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from ray_slurm_provider.backends.base import NodeBackend
@@ -81,8 +80,7 @@ class Cluster:
         )
         self._lock = threading.Lock()
         self._listing = Listing(self._backend, self.directory, settings, self._environ, clock)
-        self._ghosts = Ghosts(clock)
-        self.launches = LaunchControl(self.directory, settings.pause_after_failures, wall_clock)
+        self.launches = LaunchControl(self.directory, settings.pause_after_failures, clock, wall_clock)
         self._launcher = WorkerLauncher(self, self._environ, clock)
 
     def slurm_client(self) -> SlurmClient:
@@ -193,9 +191,9 @@ class Cluster:
         """Submit the jobs of workers, see `WorkerLauncher.create`; called by Ray's autoscaler in the head's job."""
         return self._launcher.create(node_type, config, tags, count)
 
-    def launch_held(self) -> None:
+    def launch_deferred(self) -> None:
         """Launch what was asked for before and could not be launched then."""
-        self._launcher.launch_held()
+        self._launcher.launch_deferred()
 
     def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
         """Return the batch script of a node without submitting it."""
@@ -308,27 +306,19 @@ class Cluster:
         """Look at the nodes, and do what follows from what is seen; the lock is held."""
         diary = self.directory.diary()
         self._listing.look(diary.tags)
-        self.launches.take_over(diary.launches)
+        self.launches.load(diary.launches)
         for node in self._listing.ended:
             self._note_end(node)
-        if not self._is_autoscaler:
-            return
-        living = (node for node in self._listing.nodes.values() if not node.is_head and node.seen.alive)
-        workers = [node for node in living if self.launches.watches(node) or self._ghosts.suspects(node)]
-        for node in workers:
-            if node.ready:
-                self.launches.ready(node)
-        self._withdraw(workers)
-
-    def _withdraw(self, workers: Sequence[Node]) -> None:
-        """Cancel jobs that SLURM would never start, and those that ended without its notice: Ray counts on them."""
-        doomed = [*self.launches.hopeless(workers), *self._ghosts.among(workers)]
-        if not doomed:
-            return
-        try:
-            self._backend.terminate(doomed)
-        except SlurmError as error:
-            logger.warning("they could not be cancelled; that is tried again: %s", error)
+        if self._is_autoscaler:
+            workers = (node for node in self._listing.nodes.values() if node.seen.alive and not node.is_head)
+            doomed = self.launches.watch(workers)
+            try:
+                self._backend.terminate(doomed)
+            except SlurmError as error:
+                logger.warning("they could not be cancelled; that is tried again: %s", error)
+            else:
+                if doomed:
+                    self._listing.invalidate()
 
     @property
     def _is_autoscaler(self) -> bool:

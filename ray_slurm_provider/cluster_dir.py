@@ -38,9 +38,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from filelock import FileLock, Timeout
 
+from ray_slurm_provider.backoff import Backoff, read_backoff
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
-from ray_slurm_provider.launch_records import LaunchRecords, read_launch_records
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Diary:
     """
 
     tags: dict[str, dict[str, str]] = field(default_factory=dict)
-    launches: LaunchRecords = field(default_factory=LaunchRecords)
+    launches: Backoff = field(default_factory=Backoff)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class ClusterDir:
                 f"{self._diary} was written by a newer ray-slurm-provider (format {version}, this one knows"
                 f" {_DIARY_VERSION})\n  use that version; or, when the cluster is down, remove {self.root}"
             )
-        return Diary(_read_tags(value.get("tags")), read_launch_records(value.get("launches")))
+        return Diary(_read_tags(value.get("tags")), read_backoff(value.get("launches")))
 
     def _put_aside(self) -> None:
         """Keep a broken diary under another name: writing is atomic, so it will not become whole by itself."""

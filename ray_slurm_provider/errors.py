@@ -159,10 +159,12 @@ class LaunchDelayed(SlurmProviderError):
     Args:
         category: A word for the reason, at most 19 characters.
         reason: Why, and what ends it.
+        allowed: How many of them may be submitted all the same.
     """
 
-    def __init__(self, category: str, reason: str) -> None:
+    def __init__(self, category: str, reason: str, allowed: int = 0) -> None:
         self.category = category
+        self.allowed = allowed
         super().__init__(reason)
 
     @property

@@ -73,7 +73,7 @@ class SlurmNodeProvider(NodeProvider):
         """Return the ids of the nodes that wait or run and have these tags."""
         if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and self._command.name in {"up", *_FOR_A_RUNNING_HEAD}:
             self._require_head()
-        self._cluster.launch_held()
+        self._cluster.launch_deferred()
         return [
             node_id
             for node_id, node in self._cluster.nodes().items()

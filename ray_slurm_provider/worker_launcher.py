@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
 from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
+from ray_slurm_provider.deferred_launches import DeferredLaunches, LaunchRequest
 from ray_slurm_provider.errors import ConfigError, LaunchDelayed, SlurmError, StateError, SubmitRejected
-from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.site_file import rules_in_force
@@ -22,82 +22,69 @@ if TYPE_CHECKING:
     from ray_slurm_provider.backends.base import Launch
     from ray_slurm_provider.cluster import Cluster
     from ray_slurm_provider.config import NodeConfig
-    from ray_slurm_provider.held_launches import HeldLaunch
 
 logger = logging.getLogger(__name__)
 
 INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
+_REASONS_TO_WAIT = (LaunchDelayed, SubmitRejected, ConfigError)
 
 
 class WorkerLauncher:
     """Launches the workers of one cluster.
 
-    Args:
-        cluster: The cluster.
-        environ: The environment of this process: that of a head's job, where anything is to be launched.
-        clock: A monotonic clock, seconds.
+    Each request passes a chain of gates. A gate returns why not all of it may be launched now, and how many may
+    (`LaunchDelayed.allowed`); or raises when nothing of it may ever be.
     """
 
     def __init__(self, cluster: Cluster, environ: Mapping[str, str], clock: Callable[[], float]) -> None:
         self._cluster = cluster
         self._environ = environ
-        self._held = HeldLaunches(clock)
+        self._deferred = DeferredLaunches(clock)
         self._creating = threading.Lock()
+        self._gates = (self._back_off, self._require_directory, self._limit_queue, self._limit_nodes)
 
     def create(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         """Submit the jobs of workers and return their node ids.
 
-        What cannot be submitted now is held, see `held_launches`, when Ray knows why.
+        What cannot be submitted now is deferred when Ray knows why, see `deferred_launches`.
 
         Raises:
             StateError: The cluster is being taken down, or this is not a head's job.
             SlurmUnavailable: SLURM does not answer.
-            LaunchDelayed: Nodes of this type failed too often, or as many wait in the queue as may.
-            SubmitRejected: SLURM does not take them.
-            ConfigError: The site does not allow them.
+            LaunchDelayed, SubmitRejected, ConfigError: Ray does not know yet why they have to wait.
         """
-        self._refuse_at_the_end()
-        made: list[str] = []
+        self._require_live_head()
+        request = LaunchRequest(node_type, config, tags, count)
         try:
-            self._launch(node_type, config, tags, count, made)
-        except (LaunchDelayed, SubmitRejected, ConfigError) as error:
-            if self._held.is_news(node_type, error):
+            self._launch(request)
+        except _REASONS_TO_WAIT as error:
+            if self._deferred.is_news(node_type, error):
                 raise
-            self._held.hold(node_type, config, tags, count - len(made))
-        else:
-            self._held.launched(node_type)
-        return made
+            self._deferred.defer(request)
+        return request.made
 
-    def launch_held(self) -> None:
+    def launch_deferred(self) -> None:
         """Launch what was asked for before and could not be launched then."""
-        waiting = self._held.take()
+        waiting = self._deferred.take()
         if waiting:
             try:
-                self._refuse_at_the_end()
+                self._require_live_head()
             except StateError:
                 return
         answers = True
-        for held in waiting:
-            # A SLURM that does not answer would keep us waiting for each of them.
-            answers = answers and self._launch_one(held)
-            if held.count:
-                self._held.put_back(held)
+        for request in waiting:
+            try:
+                # A SLURM that does not answer would keep us waiting for each of them.
+                if answers:
+                    self._launch(request)
+            except _REASONS_TO_WAIT:
+                pass
+            except SlurmError:
+                answers = False
+            if request.missing:
+                self._deferred.defer(request)
 
-    def _launch_one(self, held: HeldLaunch) -> bool:
-        """Launch as much of it as may be, and take that off its count; tell whether SLURM answers."""
-        made: list[str] = []
-        try:
-            self._launch(held.node_type, held.config, held.tags, held.count, made)
-            self._held.launched(held.node_type)
-        except (LaunchDelayed, SubmitRejected, ConfigError):
-            return True
-        except SlurmError:
-            return False
-        finally:
-            held.count -= len(made)
-        return True
-
-    def _refuse_at_the_end(self) -> None:
+    def _require_live_head(self) -> None:
         """Raise `StateError` when nothing may be submitted any more, or not by this process."""
         if self._cluster.directory.stopping:
             raise StateError(f"cluster {self._cluster.name} is being taken down; nothing is submitted")
@@ -107,57 +94,71 @@ class WorkerLauncher:
         if report is not None and report.phase == ENDED:
             raise StateError(f"the head {report.node_id} is ending; nothing is submitted")
 
-    def _launch(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]) -> None:
-        """Submit jobs, as many as may be; add their nodes to a list."""
-        self._cluster.launches.check(node_type)
-        if missing := self._cluster.directory.missing:
-            raise LaunchDelayed(
-                "slurm-no-directory",
-                f"{missing} cannot be seen: was the cluster's directory deleted? No node can start without it;"
-                " `ray down` ends the cluster and `ray up` starts it again",
-            )
+    def _launch(self, request: LaunchRequest) -> None:
+        """Submit as many jobs of a request as may be; raise why the others have to wait."""
+        allowed, delay = request.missing, None
         with self._creating:
-            fitting, limit = self._fitting(node_type, config, count)
-            self._submit(node_type, config, tags, fitting, made)
-        if fitting < count:
-            raise LaunchDelayed(
-                "slurm-queue-full",
-                f"{count - fitting} jobs of type {node_type} have to wait: no more than {limit} may be in the queue"
-                " (max_queued_jobs)",
-            )
+            for gate in self._gates:
+                found = gate(request, allowed)
+                if found is not None:
+                    allowed, delay = found.allowed, found
+                if not allowed:
+                    break
+            else:
+                self._submit(request, allowed)
+        if delay is not None:
+            raise delay
+        self._deferred.launched(request.node_type)
 
-    def _fitting(self, node_type: str, config: NodeConfig, count: int) -> tuple[int, str]:
-        """Return how many of some jobs may be put into the queue now, and by which limit."""
+    def _back_off(self, request: LaunchRequest, _: int) -> LaunchDelayed | None:
+        return self._cluster.launches.delay_reason(request.node_type)
+
+    def _require_directory(self, _: LaunchRequest, __: int) -> LaunchDelayed | None:
+        missing = self._cluster.directory.missing
+        if not missing:
+            return None
+        return LaunchDelayed(
+            "slurm-no-directory",
+            f"{missing} cannot be seen: was the cluster's directory deleted? No node can start without it;"
+            " `ray down` ends the cluster and `ray up` starts it again",
+        )
+
+    def _limit_queue(self, request: LaunchRequest, count: int) -> LaunchDelayed | None:
         rules = rules_in_force(self._cluster.settings)
         of_all = (self._cluster.settings.max_queued_jobs, rules.limits.max_queued_jobs if rules is not None else None)
-        limits = [(limit, f"{limit} of the cluster", "") for limit in of_all if limit is not None]
-        if config.max_queued_jobs is not None:
-            limits.append((config.max_queued_jobs, f"{config.max_queued_jobs} of this type", node_type))
+        limits = [(limit, "of the cluster") for limit in of_all if limit is not None]
+        if request.config.max_queued_jobs is not None:
+            limits.append((request.config.max_queued_jobs, "of this type"))
         fitting, by = count, ""
-        for limit, name, only in limits:
-            queued = sum(
-                node.seen.queued and only in {"", node.tags.get(TAG_TYPE)} for node in self._cluster.nodes().values()
-            )
-            if limit - queued < fitting:
-                fitting, by = max(0, limit - queued), name
-        return fitting, by
+        for limit, whose in limits:
+            queued = [node.tags.get(TAG_TYPE) for node in self._cluster.nodes().values() if node.seen.queued]
+            free = limit - (queued.count(request.node_type) if whose == "of this type" else len(queued))
+            if free < fitting:
+                fitting, by = max(0, free), f"{limit} {whose}"
+        if fitting == count:
+            return None
+        waiting = f"{count - fitting} jobs of type {request.node_type} have to wait"
+        reason = f"{waiting}: no more than {by} may be in the queue (max_queued_jobs)"
+        return LaunchDelayed("slurm-queue-full", reason, allowed=fitting)
 
-    def _submit(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int, made: list[str]) -> None:
+    def _limit_nodes(self, request: LaunchRequest, count: int) -> None:
         rules = rules_in_force(self._cluster.settings)
-        if rules is not None and count:
+        if rules is not None:
             in_slurm = [node_id for node_id in self._cluster.nodes() if not node_id.startswith(LOGIN_PREFIX)]
-            rules.check_nodes(len(in_slurm) + count, f"available_node_types.{node_type}")
+            rules.check_nodes(len(in_slurm) + count, f"available_node_types.{request.node_type}")
+
+    def _submit(self, request: LaunchRequest, count: int) -> None:
         environ = self._cluster.directory.environment() or job_environment(self._environ)
         launch = replace(
-            self._cluster.launch(node_type, config, tags, environ),
+            self._cluster.launch(request.node_type, request.config, request.tags, environ),
             head=self._environ[INSTANCE_VARIABLE],
             gcs_address=self._environ[GCS_ADDRESS_VARIABLE],
             avoid=self._cluster.launches.avoided(),
         )
         try:
-            self._create_in_batches(launch, count, made)
+            self._create_in_batches(launch, count, request.made)
         except SubmitRejected as error:
-            self._cluster.launches.rejected(node_type, error)
+            self._cluster.launches.refused(request.node_type, error.complaint, error.launch_category)
             raise
 
     def _create_in_batches(self, launch: Launch, count: int, made: list[str]) -> None:

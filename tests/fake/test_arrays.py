@@ -93,7 +93,7 @@ def test_as_many_are_submitted_as_a_limit_on_jobs_allows(make_monitor, fake_slur
     assert len(_create(monitor, 9)) == len(_workers(monitor)) == 5
     fake_slurm.faults()
     clock.now += 60
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(_workers(monitor)) == 9
 
 

@@ -149,6 +149,16 @@ def test_a_node_that_does_not_end_at_once_is_asked_for_soon(monitor, asked, fake
     assert 2 <= asked(180) <= 4
 
 
+def test_a_job_that_slurm_would_never_start_is_withdrawn_and_counted_once(monitor, asked, fake_slurm):
+    worker = _worker(monitor)
+    fake_slurm.change(2, reason="BadConstraints")
+    cancelled = fake_slurm.calls("scancel")
+    asked(30)
+    assert worker not in monitor.nodes()
+    assert fake_slurm.calls("scancel") == cancelled + 1
+    assert monitor.directory.diary().launches.types["worker"].failures == 1
+
+
 def test_nodes_that_went_long_ago_are_forgotten(monitor, fake_slurm, clock, monkeypatch):
     monkeypatch.setattr(listing, "_REMEMBERED", 3)
     made = [_worker(monitor) for _ in range(5)]

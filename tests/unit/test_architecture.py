@@ -35,7 +35,7 @@ LAYERS = [
     {"access", "cluster", "shells"},
     {"listing"},
     {"worker_launcher"},
-    {"launch_control", "held_launches", "ghosts"},
+    {"launch_control", "deferred_launches"},
     {"nodes", "report_cache"},
     {"backends.places"},
     {"backends.slurm_jobs", "backends.login_process"},
@@ -47,7 +47,7 @@ LAYERS = [
     {"site_rules"},
     {"sbatch_options"},
     {"fields"},
-    {"launch_records"},
+    {"backoff"},
     {"agent.supervisor", "agent.canary"},
     {"agent.place"},
     {

@@ -54,7 +54,7 @@ def test_ray_hears_of_a_reason_once_and_what_it_asks_for_then_is_launched_later(
     for _ in range(3):
         assert _create(monitor, 2) == []
         clock.now += 5
-        monitor.launch_held()
+        monitor.launch_deferred()
     # Another reason is news again, when the time for the next try has come.
     fake_slurm.faults(refuse="Invalid account or account/partition combination specified")
     clock.now += 60
@@ -62,28 +62,28 @@ def test_ray_hears_of_a_reason_once_and_what_it_asks_for_then_is_launched_later(
         _create(monitor, 1)
     fake_slurm.faults()
     clock.now += 60
-    monitor.launch_held()
+    monitor.launch_deferred()
     # What failed, Ray asks for again by itself; what was held, it does not.
     assert len(monitor.nodes()) == 1 + 6
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 7
 
 
 def test_a_full_queue_is_no_failure_and_is_filled_up_as_jobs_start(make_monitor, fake_slurm, clock):
     monitor = make_monitor(max_queued_jobs=3)
     assert len(_create(monitor, 5)) == 3
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 4
     fake_slurm.change(2, state="RUNNING")
     clock.now += 2
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 5
     for number in (3, 4):
         fake_slurm.change(number, state="RUNNING")
     clock.now += 2
-    monitor.launch_held()
+    monitor.launch_deferred()
     clock.now += 2
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 6
 
 
@@ -94,11 +94,11 @@ def test_slurms_own_limit_is_no_failure_either(make_monitor, fake_slurm, clock):
     asked = fake_slurm.calls("sbatch")
     for _ in range(10):
         clock.now += 1
-        monitor.launch_held()
+        monitor.launch_deferred()
     assert fake_slurm.calls("sbatch") == asked
     fake_slurm.faults()
     clock.now += 15
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 3
 
 
@@ -110,7 +110,7 @@ def test_what_ray_asks_for_anew_is_not_launched_twice(make_monitor, fake_slurm, 
     fake_slurm.change(2, state="RUNNING")
     clock.now += 2
     for _ in range(3):
-        monitor.launch_held()
+        monitor.launch_deferred()
         clock.now += 2
     assert len(fake_slurm.jobs()) == 3
 
@@ -121,7 +121,7 @@ def test_nothing_is_launched_any_more_when_the_cluster_goes_down(make_monitor, l
     login.nodes()
     login.terminate(list(login.nodes()))
     clock.now += 2
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 2
     assert {job["state"] for job in fake_slurm.jobs()} == {"CANCELLED"}
 
@@ -132,11 +132,11 @@ def test_a_controller_that_is_away_keeps_what_is_held(make_monitor, fake_slurm, 
     fake_slurm.change(2, state="RUNNING")
     clock.now += 2
     fake_slurm.faults(down=["sbatch"])
-    monitor.launch_held()
+    monitor.launch_deferred()
     with pytest.raises((SlurmUnavailable, LaunchDelayed)):
         _create(monitor, 1)
     fake_slurm.faults()
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 3
 
 
@@ -149,11 +149,11 @@ def test_a_slurm_that_does_not_answer_is_asked_once_for_all_that_is_held(make_mo
     clock.now += 2
     fake_slurm.faults(down=["sbatch"])
     asked = fake_slurm.calls("sbatch")
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert fake_slurm.calls("sbatch") == asked + 1
     fake_slurm.faults()
     for number in (3, 4, 5):
-        monitor.launch_held()
+        monitor.launch_deferred()
         fake_slurm.change(number, state="RUNNING")
         clock.now += 2
     assert len(fake_slurm.jobs()) == 5
@@ -177,7 +177,7 @@ def test_a_pause_that_is_lifted_launches_at_once_what_waited(make_monitor, login
     before = len(fake_slurm.jobs())
     clock.now += 2
     monitor.nodes()
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == before + 4
 
 
