@@ -15,6 +15,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from fake.fake_slurm import HEADER
 from ray.autoscaler.v2.autoscaler import Autoscaler
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply, NodeStatus
@@ -35,18 +36,6 @@ if TYPE_CHECKING:
 _HEAD_ID = "1-aaaaaa"
 _WARM_UP = 4
 _ROUNDS = 8
-_HEADER = [
-    "JOBID",
-    "STATE",
-    "REASON",
-    "PARTITION",
-    "NODELIST",
-    "TIME_LIMIT",
-    "END_TIME",
-    "START_TIME",
-    "NAME",
-    "COMMENT",
-]
 
 
 def reconciler(sizes: list[int]) -> list[Result]:
@@ -121,7 +110,7 @@ def _cluster(size: int) -> Iterator[dict[str, Any]]:
         certificates += [
             BirthCertificate("bench", directory.fingerprint, _token(number), _HEAD_ID, WORKER) for number in range(size)
         ]
-        rows = [_HEADER]
+        rows = [HEADER]
         for number, certificate in enumerate(certificates, 1):
             row = [
                 str(number),
@@ -135,10 +124,10 @@ def _cluster(size: int) -> Iterator[dict[str, Any]]:
                 "ray",
                 certificate.text(),
             ]
-            rows.append(row)
+            rows.append(SEPARATOR.join(row))
             report = NodeReport(certificate.node_id(str(number)), READY, address=_address(number), ready_at=1)
             write_report(directory.reports, report, head=False)
-        (root / "squeue.txt").write_text("".join(SEPARATOR.join(row) + "\n" for row in rows))
+        (root / "squeue.txt").write_text("".join(row + "\n" for row in rows))
         tools = root / "bin"
         tools.mkdir()
         (tools / "squeue").write_text(f"#!/bin/sh\nexec cat {root}/squeue.txt\n")

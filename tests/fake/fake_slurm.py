@@ -20,8 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(os.environ["FAKE_SLURM_DIR"])
+HERE = Path(os.environ.get("FAKE_SLURM_DIR", ""))
 SEPARATOR = "\x1f"
+# What squeue itself prints above the rows, in the format that the provider asks for.
+HEADER = SEPARATOR.join(
+    ("JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LIMIT", "END_TIME", "START_TIME", "NAME", "COMMENT")
+)
 
 
 def load(name, default):
@@ -87,20 +91,6 @@ def squeue(faults):
         return
     rows = [
         [
-            "JOBID",
-            "STATE",
-            "REASON",
-            "PARTITION",
-            "NODELIST",
-            "TIME_LIMIT",
-            "END_TIME",
-            "START_TIME",
-            "NAME",
-            "COMMENT",
-        ],
-    ]
-    rows += [
-        [
             row_id,
             job["state"],
             job.get("reason", "None"),
@@ -114,7 +104,7 @@ def squeue(faults):
         ]
         for row_id, job in rows_of([job for job in load("jobs.json", []) if not job.get("forgotten")])
     ]
-    text = "".join(SEPARATOR.join(row) + "\n" for row in rows)
+    text = "".join(line + "\n" for line in [HEADER, *map(SEPARATOR.join, rows)])
     if "SLURM_CLUSTERS" in os.environ:
         text = f"CLUSTER: {os.environ['SLURM_CLUSTERS']}\n{text}"
     sys.stdout.write(text[:-40] if faults.get("squeue") == "half" else text)
@@ -182,4 +172,5 @@ def main():
     {"sbatch": sbatch, "squeue": squeue, "scancel": scancel, "scontrol": scontrol}[tool](faults)
 
 
-main()
+if __name__ == "__main__":
+    main()

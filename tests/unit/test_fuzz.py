@@ -6,6 +6,7 @@ import json
 import string
 
 import pytest
+from fake.fake_slurm import HEADER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,9 +28,6 @@ json_values = st.recursive(
     max_leaves=12,
 )
 _ALIVE = [state.label for state in JobState if state.meaning.value != "ended"]
-_HEADER = "\x1f".join(
-    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LEFT", "START_TIME", "NAME", "COMMENT"]
-)
 _tmp_is_reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -102,12 +100,20 @@ def test_a_node_config_may_be_anything(section):
         assert str(error)
 
 
-@given(st.text())
-def test_squeue_may_print_anything(text):
+_words = st.sampled_from(["7", "7_3", "7_[0-3,5]", "7_[0,2", "8+1", *JobState.__members__, "(null)"]) | st.text()
+_rows = st.lists(st.lists(_words, min_size=9, max_size=11).map("\x1f".join)).map("\n".join)
+
+
+@given(
+    st.sampled_from([HEADER + "\n", "Welcome!\n" + HEADER + "\n", ""]), _rows | st.text(), st.sampled_from(["\n", ""])
+)
+def test_squeue_may_print_anything(header, rows, end):
     try:
-        assert isinstance(parse.parse_squeue(text), list)
+        jobs = parse.parse_squeue(header + rows + end)
     except ValueError as error:
-        assert str(error)
+        assert str(error).startswith(("the last line is", "there is no header", "the elements of an array"))
+    else:
+        assert all(isinstance(job.state, JobState) and list(job.elements()) for job in jobs)
 
 
 class _Controller:
@@ -123,7 +129,7 @@ class _Controller:
         return "\x1f".join([job_id, self.states[job_id], "None", "cpu", "", "1:00", "N/A", "N/A", "ray-c-w", comment])
 
     def jobs(self):
-        text = "\n".join([_HEADER, *map(self.row, self.states)]) + "\n"
+        text = "\n".join([HEADER, *map(self.row, self.states)]) + "\n"
         try:
             return parse.parse_squeue(self.mutilate(text))
         except ValueError as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from fake.fake_slurm import HEADER
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_slurm_provider.slurm import parse
 from ray_slurm_provider.slurm.types import JobState
-
-HEADER = "\x1f".join(
-    ["JOBID", "STATE", "REASON", "PARTITION", "NODELIST", "TIME_LIMIT", "END_TIME", "START_TIME", "NAME", "COMMENT"]
-)
 
 
 def _row(job_id="7", state="RUNNING", reason="None", name="n", comment="c"):
@@ -49,12 +48,31 @@ def test_what_is_not_a_complete_answer_is_refused(text):
         parse.parse_squeue(text)
 
 
-@given(st.text())
-def test_no_text_makes_the_parser_fail_in_another_way(text):
+_ids = st.from_regex(r"[0-9]{1,7}(_([0-9]{1,4}|\[[0-9]{1,4}([,:%-][0-9]{1,4}){0,4}\]))?", fullmatch=True)
+_fields = st.sampled_from([*JobState.__members__, "(null)", "N/A", "None", ""]) | st.text(
+    st.characters(exclude_characters="\n\x1f"), max_size=20
+)
+
+
+@given(st.lists(st.tuples(_ids, st.lists(_fields, min_size=8, max_size=8), st.text()), min_size=1))
+def test_whatever_a_row_holds_it_is_read(rows):
+    body = "".join("\x1f".join([job_id, *fields, comment]) + "\n" for job_id, fields, comment in rows)
+    wanted = [job_id for job_id, _, _ in rows]
+    found = [job for job in parse.parse_squeue(f"{HEADER}\n{body}") if job.job_id in wanted]
+    assert len(found) >= len(rows)
+    for job in found:
+        assert job.state in JobState
+        assert all(element.comment == job.comment for element in itertools.islice(job.elements(), 100))
+
+
+@given(st.text(st.sampled_from("\x1f\n0123456789_[],-:%+ aN/") | st.characters()))
+def test_no_text_below_the_header_makes_the_parser_fail_in_another_way(text):
     try:
-        parse.parse_squeue(text)
-    except ValueError:
-        pass
+        jobs = parse.parse_squeue(f"{HEADER}\n{text}\n")
+    except ValueError as error:
+        assert "not all named" in str(error)
+    else:
+        assert all(job.job_id for job in jobs)
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.text(), st.text()), max_size=5, unique_by=lambda row: row[0]))
