@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from support import controller_requests
 
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -80,13 +81,9 @@ class Bed:
             time.sleep(0.5)
 
     def requests(self) -> dict[str, int]:
-        """Return how many requests of each kind the controller has had, but for sdiag's own."""
-        text = self.run("sdiag").partition("by message type")[2].partition("by user")[0]
-        counted = re.findall(r"(\w+)\s+\(\s*\d+\) count:(\d+)", text)
-        ours = {name: int(count) for name, count in counted if name.startswith("REQUEST_")}
-        # Those of slurmd and slurmstepd are there with and without us.
-        foreign = ("STATS_INFO", "COMPLETE", "STEP_", "NODE_REGISTRATION", "_PING")
-        return {name: count for name, count in ours.items() if not any(part in name for part in foreign)}
+        """Return how many requests of each kind the controller has had, see `support.controller_requests`."""
+        found: dict[str, int] = controller_requests(self.run("sdiag"))
+        return found
 
     def cluster(self, environ: Mapping[str, str] | None = None, **settings: object) -> Cluster:
         """Return the provider as the autoscaler on a head has it; the head itself is only a held job."""

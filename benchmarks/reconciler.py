@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fake.fake_slurm import HEADER
 from ray.autoscaler.v2.autoscaler import Autoscaler

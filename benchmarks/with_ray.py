@@ -6,15 +6,11 @@ import json
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from ray.autoscaler._private.commands import POLL_INTERVAL
 from support import RAY, UserCluster, cluster_config, user_environment, wait_for
@@ -28,6 +24,7 @@ from ray_slurm_provider.config import SlurmSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 UPDATE_INTERVAL_S = SlurmSettings().update_interval_s
 _IDLE_S = 6

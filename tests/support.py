@@ -38,6 +38,18 @@ def wait_for(condition, timeout_s, what, poll_s=0.25):
         time.sleep(poll_s)
 
 
+def controller_requests(sdiag):
+    """How many requests of each kind the controller has had, by what sdiag prints; those of sdiag itself are left out.
+
+    So are those of slurmd and slurmstepd, which are there with and without us.
+    """
+    counted = re.findall(
+        r"(REQUEST_\w+)\s+\(\s*\d+\) count:(\d+)", sdiag.partition("by message type")[2].partition("by user")[0]
+    )
+    foreign = ("STATS_INFO", "COMPLETE", "STEP_", "NODE_REGISTRATION", "_PING")
+    return {name: int(count) for name, count in counted if not any(part in name for part in foreign)}
+
+
 def machines_are_allowed():
     """Whether the kernel lets this user make virtual machines out of namespaces."""
     own = [] if os.geteuid() == 0 else ["-U", "--map-root-user"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ray_slurm_provider.held_launches import HeldLaunches
 
 from fake.fake_slurm import HEADER
 from fake.harness import EAGER, HEAD, WORKER, Clock
@@ -22,7 +23,6 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.head_wait import wait_for_head
-from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions

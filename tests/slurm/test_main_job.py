@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from support import RAY, tasks_script, wait_for
+from support import RAY, controller_requests, tasks_script, wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.cluster]
 
@@ -201,5 +200,4 @@ def test_ray_down_leaves_nothing(cluster):
 
 def _listings(cluster):
     """How often the controller was asked for jobs (sdiag)."""
-    output = cluster.client.tools.run(["sdiag"]).stdout
-    return int(re.search(r"REQUEST_JOB_INFO\s.*count:(\d+)", output).group(1))
+    return controller_requests(cluster.client.tools.run(["sdiag"]).stdout)["REQUEST_JOB_INFO"]
