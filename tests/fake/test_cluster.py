@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from ray_slurm_provider.held_launches import HeldLaunches
 
 from fake.fake_slurm import HEADER
 from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.deferred_launches import DeferredLaunches
 from ray_slurm_provider.errors import (
     HeadFailed,
     LaunchDelayed,
@@ -57,7 +57,7 @@ def head_id(login):
 @pytest.fixture
 def monitor(login, head_id, fake_slurm, settings, clock, monkeypatch):
     """The cluster as the autoscaler on the head sees it; each reason is news, nothing is held."""
-    monkeypatch.setattr(HeldLaunches, "is_news", lambda *_: True)
+    monkeypatch.setattr(DeferredLaunches, "is_news", lambda *_: True)
     environ = {
         **fake_slurm.environ,
         "RAY_CLOUD_INSTANCE_ID": head_id,

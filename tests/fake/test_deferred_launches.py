@@ -193,13 +193,13 @@ def test_without_the_clusters_directory_nothing_is_submitted_and_ray_hears_of_it
         _create(monitor, 2)
     for _ in range(3):
         assert _create(monitor, 1) == []
-        monitor.launch_held()
+        monitor.launch_deferred()
         assert len(monitor.nodes()) == 1
     assert fake_slurm.calls("sbatch") == 1
     assert not lost.exists()
     # Its file system was away.
     aside.rename(lost)
-    monitor.launch_held()
+    monitor.launch_deferred()
     assert len([node for node in monitor.nodes().values() if not node.is_head]) == 3
 
 

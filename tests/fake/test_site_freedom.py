@@ -8,6 +8,7 @@ from fake.harness import HEAD, WORKER
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.deferred_launches import DeferredLaunches
 from ray_slurm_provider.errors import (
     ConfigError,
     LaunchDelayed,
@@ -16,7 +17,6 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
-from ray_slurm_provider.held_launches import HeldLaunches
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.site_rules import SiteFile, SiteLimits
 
@@ -26,7 +26,7 @@ CONFIG = NodeConfig()
 @pytest.fixture
 def make(fake_slurm, tmp_path, monkeypatch):
     """Make the cluster as `ray up` sees it, or as the autoscaler of a head does; each reason is news, nothing is held."""
-    monkeypatch.setattr(HeldLaunches, "is_news", lambda *_: True)
+    monkeypatch.setattr(DeferredLaunches, "is_news", lambda *_: True)
 
     def make(head="", **settings):
         settings = SlurmSettings(

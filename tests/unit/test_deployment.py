@@ -19,7 +19,6 @@ from ray_slurm_provider.deployment.probing import MOST_QUESTIONS, fit, moving, p
 from ray_slurm_provider.deployment.proposal import Option, Wishes, propose
 from ray_slurm_provider.deployment.survey import take_survey
 from ray_slurm_provider.errors import DeployError, SlurmError, SubmitRejected
-from ray_slurm_provider.site_rules import SiteLimits
 from ray_slurm_provider.slurm import parse
 from ray_slurm_provider.slurm.client import SlurmClient
 
@@ -301,7 +300,7 @@ def _deployed(survey, tell=lambda line: None, **wishes):
         Wishes("mine", **wishes),
         file_name="x.yaml",
         settings={},
-        limits=SiteLimits(),
+        max_nodes=None,
         environ={},
         tell=tell,
     )
