@@ -10,7 +10,7 @@ from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
 from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.config import SlurmSettings
-from ray_slurm_provider.errors import SlurmError, SlurmParseError
+from ray_slurm_provider.errors import SlurmParseError
 from ray_slurm_provider.nodes import Node, join
 from ray_slurm_provider.report_cache import ReportCache
 from ray_slurm_provider.reports import ENDED
@@ -65,7 +65,7 @@ class Listing:
         self._gone: set[str] = set()
         self._looked_at = self._asked_at = self._news_at = float("-inf")
         self._busy = self._passing = False
-        self._trouble: SlurmError | None = None
+        self._trouble: Exception | None = None
 
     @property
     def is_due(self) -> bool:
@@ -131,7 +131,8 @@ class Listing:
         try:
             sightings = self._backend.sightings()
             self._verify_complete(tags, {seen.node_id for seen in sightings})
-        except SlurmError as error:
+        except Exception as error:
+            # Whatever it was: until the next answer nothing is known, and no old answer stands in.
             self._trouble = error
             raise
         self._trouble = None
