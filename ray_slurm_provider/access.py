@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ray_slurm_provider import tls
 from ray_slurm_provider.agent.network import connection_state, own_addresses
 from ray_slurm_provider.agent.ray_command import CONNECTION_ENVIRONMENT, access_environment
 from ray_slurm_provider.backends.login_process import host_name
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.reports import READY
-
-if TYPE_CHECKING:
-    from ray_slurm_provider.cluster import Cluster
-    from ray_slurm_provider.reports import NodeReport
+from ray_slurm_provider.reports import READY, NodeReport
 
 # Everything by which a process of Ray finds a cluster and is let in.
 ACCESS_VARIABLES = frozenset(

@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.sbatch_options import SbatchOptions
 from ray_slurm_provider.slurm.parse import parse_time_s
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from ray_slurm_provider.sbatch_options import SbatchOptions
 
 # Signals reach a job up to 60 s early (sbatch(1), --signal), and the agent needs a few seconds itself.
 _DRAIN_SIGNAL = "USR1"
@@ -32,47 +29,26 @@ _SAFE_WORD = re.compile(r"[A-Za-z0-9@%+=:,./_-]+")
 
 @dataclass(frozen=True)
 class JobSpec:
-    """Everything that a node's batch script says.
+    """Everything that a node's batch script says."""
 
-    Attributes:
-        job_name: Name in squeue.
-        comment: The birth certificate; "" where it is in a file.
-        token: The launch token in it.
-        count: How many such jobs; more than one are an array.
-        node_type: The Ray node type.
-        cluster_dir: The cluster's directory.
-        options: The sbatch options of the YAML.
-        skip: Names of options to leave out.
-        avoid: SLURM nodes on which it shall not start, besides those of the options.
-        extra: Further directives as they stand behind ``#SBATCH``.
-        steps: What to run first: where it stands in the YAML, and the command.
-        env: Environment variables.
-        python: Interpreter for the agent; "" to take the one that the steps leave on PATH.
-        path_prefix: Directory that goes to the front of PATH; "" for none.
-        wait_for_go: Whether to wait until `ray up` has put everything in place (the head does).
-        drain_s: Seconds before the time limit at which the agent is told; 0 for never.
-        agent: What the agent needs to know, as JSON.
-        module: What to become in place of the agent; "" for the agent.
-    """
-
-    job_name: str
-    comment: str
-    token: str
-    node_type: str
-    cluster_dir: Path
-    options: SbatchOptions
-    count: int = 1
-    skip: Sequence[str] = ()
-    avoid: Sequence[str] = ()
-    extra: Sequence[str] = ()
-    steps: Sequence[tuple[str, str]] = ()
-    env: Mapping[str, str | int | float] = field(default_factory=dict)
-    python: str = ""
-    path_prefix: str = ""
-    wait_for_go: bool = False
-    drain_s: int = 0
-    agent: Mapping[str, Any] = field(default_factory=dict)
-    module: str = ""
+    job_name: str  # name in squeue
+    comment: str  # the birth certificate; "" where it is in a file
+    token: str  # the launch token in it
+    node_type: str  # the Ray node type
+    cluster_dir: Path  # the cluster's directory
+    options: SbatchOptions  # the sbatch options of the YAML
+    count: int = 1  # how many such jobs; more than one are an array
+    skip: Sequence[str] = ()  # names of options to leave out
+    avoid: Sequence[str] = ()  # SLURM nodes on which it shall not start, besides those of the options
+    extra: Sequence[str] = ()  # further directives as they stand behind ``#SBATCH``
+    steps: Sequence[tuple[str, str]] = ()  # what to run first: where it stands in the YAML, and the command
+    env: Mapping[str, str | int | float] = field(default_factory=dict)  # environment variables
+    python: str = ""  # interpreter for the agent; "" to take the one that the steps leave on PATH
+    path_prefix: str = ""  # directory that goes to the front of PATH; "" for none
+    wait_for_go: bool = False  # whether to wait until `ray up` has put everything in place (the head does)
+    drain_s: int = 0  # seconds before the time limit at which the agent is told; 0 for never
+    agent: Mapping[str, Any] = field(default_factory=dict)  # what the agent needs to know, as JSON
+    module: str = ""  # what to become in place of the agent; "" for the agent
 
 
 def render(spec: JobSpec) -> str:

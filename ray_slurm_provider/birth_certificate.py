@@ -6,14 +6,12 @@ By it a job is recognised as ours, whatever happened to our own files. Imports t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ray_slurm_provider.files import random_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _PREFIX = "ray-slurm:1:"
 _LAST_FIELD = ',"t":"'
@@ -26,21 +24,13 @@ _TOKEN_LENGTH = 6
 
 
 class BirthCertificate(NamedTuple):
-    """Whose job this is and what it was born as.
+    """Whose job this is and what it was born as."""
 
-    Attributes:
-        cluster: The cluster's name.
-        home: Fingerprint of the cluster's directory: two clusters of one name in two places differ.
-        token: Unique to this submission. SLURM may give a job id out twice; id and token together it cannot.
-        head: Node id of the head that it works for; "" for a head itself.
-        tags: Ray's tags at birth.
-    """
-
-    cluster: str
-    home: str
-    token: str
-    head: str = ""
-    tags: Mapping[str, str] = MappingProxyType({})
+    cluster: str  # the cluster's name
+    home: str  # fingerprint of the cluster's directory: two clusters of one name in two places differ
+    token: str  # unique to this submission. SLURM may give a job id out twice; id and token together it cannot.
+    head: str = ""  # node id of the head that it works for; "" for a head itself
+    tags: Mapping[str, str] = MappingProxyType({})  # Ray's tags at birth
 
     def text(self) -> str:
         """Return it for ``--comment``: one line of ASCII without single quotes.

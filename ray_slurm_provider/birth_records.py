@@ -7,15 +7,10 @@ is recognised by the first listing that shows it.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from ray_slurm_provider.birth_certificate import read_certificate
+from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
 from ray_slurm_provider.files import write_atomically
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from ray_slurm_provider.birth_certificate import BirthCertificate
 
 _TOKEN = re.compile(r"-([a-z0-9]{6})$")
 

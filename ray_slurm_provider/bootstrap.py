@@ -12,8 +12,9 @@ import copy
 import difflib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import jsonschema
@@ -24,7 +25,7 @@ from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, WORKER_PO
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load, settings_of
-from ray_slurm_provider.config import check_cluster_name, read_node_config, read_settings
+from ray_slurm_provider.config import NodeConfig, SlurmSettings, check_cluster_name, read_node_config, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.file_sync import is_shared
 from ray_slurm_provider.ray_contract import (
@@ -36,11 +37,6 @@ from ray_slurm_provider.ray_contract import (
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.sbatch_options import SbatchOptions, with_defaults
 from ray_slurm_provider.site_file import check_node_config, read_site
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from ray_slurm_provider.config import NodeConfig, SlurmSettings
 
 _REFUSED = "refused"
 # `ray up` warns when no head command starts Ray with an autoscaler; the runner takes this one as its sign.

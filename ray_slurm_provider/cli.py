@@ -10,7 +10,6 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +17,7 @@ from ray_slurm_provider import __version__
 from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
 from ray_slurm_provider.cluster_yaml import load, open_cluster, settings_of
 from ray_slurm_provider.clusters import find_clusters
+from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.deployment.commands import deploy
 from ray_slurm_provider.errors import ConfigError, SlurmProviderError
 from ray_slurm_provider.findings import FAILURE
@@ -28,9 +28,6 @@ from ray_slurm_provider.sandbox.commands import sandbox
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.tunnel import CLIENT_PORT, DASHBOARD_PORT, full_host_name, tunnel_command
-
-if TYPE_CHECKING:
-    from ray_slurm_provider.config import SlurmSettings
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

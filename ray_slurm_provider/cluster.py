@@ -10,12 +10,13 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from ray_slurm_provider import procfs, tls
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
-from ray_slurm_provider.backends.base import Launch
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, INSTANCE_VARIABLE
+from ray_slurm_provider.backends.base import Launch, NodeBackend
 from ray_slurm_provider.backends.launch_script import canary_script, job_environment, preview_script
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
@@ -23,6 +24,7 @@ from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.batch_script import log_path
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import (
     NodeNotFound,
     SlurmError,
@@ -31,18 +33,10 @@ from ray_slurm_provider.errors import (
 )
 from ray_slurm_provider.launch_control import LaunchControl
 from ray_slurm_provider.listing import Listing
-from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE
+from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.process import SlurmTools
-from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE, WorkerLauncher
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    from ray_slurm_provider.backends.base import NodeBackend
-    from ray_slurm_provider.config import NodeConfig, SlurmSettings
-    from ray_slurm_provider.nodes import Node
+from ray_slurm_provider.worker_launcher import WorkerLauncher
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,11 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -42,10 +44,6 @@ from ray_slurm_provider.backoff import Backoff, read_backoff
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import read_json_object, write_atomically, write_json
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -58,38 +56,23 @@ _HEAD_LOCK_TIMEOUT_S = 180.0
 
 @dataclass
 class Diary:
-    """What changed since birth.
+    """What changed since birth."""
 
-    Attributes:
-        tags: Tag changes by node id.
-        launches: Launches that failed.
-    """
-
-    tags: dict[str, dict[str, str]] = field(default_factory=dict)
-    launches: Backoff = field(default_factory=Backoff)
+    tags: dict[str, dict[str, str]] = field(default_factory=dict)  # tag changes by node id
+    launches: Backoff = field(default_factory=Backoff)  # launches that failed
 
 
 @dataclass(frozen=True)
 class LoginHead:
-    """A head on the login node.
+    """A head on the login node."""
 
-    Attributes:
-        node_id: Its node id.
-        host: The login node.
-        boot_id: That host's boot; after another boot no process of it is left.
-        pid: Its process id.
-        start: The start time of that process, as /proc shows it: process ids come back.
-        created: When it was started, seconds since the epoch.
-        certificate: Its birth certificate.
-    """
-
-    node_id: str
-    host: str
-    boot_id: str
-    pid: int
-    start: str
-    created: float
-    certificate: str
+    node_id: str  # its node id
+    host: str  # the login node
+    boot_id: str  # that host's boot; after another boot no process of it is left
+    pid: int  # its process id
+    start: str  # the start time of that process, as /proc shows it: process ids come back
+    created: float  # when it was started, seconds since the epoch
+    certificate: str  # its birth certificate
 
 
 class ClusterDir:

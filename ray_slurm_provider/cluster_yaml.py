@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,9 +11,6 @@ from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings, check_cluster_name, read_settings
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.site_file import read_site
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -14,30 +14,26 @@ import shlex
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ray_slurm_provider.backends.login_process import PREFIX, host_name
 from ray_slurm_provider.birth_certificate import job_id_of
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.errors import HeadFailed
 from ray_slurm_provider.file_sync import SyncOptions, copy, is_shared
 from ray_slurm_provider.forward import Forward, forwarded
 from ray_slurm_provider.head_wait import wait_for_head, wait_for_restart
+from ray_slurm_provider.nodes import Node
 from ray_slurm_provider.progress import HeadProgress
 from ray_slurm_provider.ray_contract import CommandRunnerInterface, cli_logger, ray_command, readable
+from ray_slurm_provider.reports import NodeReport
 from ray_slurm_provider.sessions import submission, with_stop
-from ray_slurm_provider.shells import LocalShell, SrunShell, SshShell, run, ssh_arguments
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from ray_slurm_provider.cluster import Cluster
-    from ray_slurm_provider.nodes import Node
-    from ray_slurm_provider.reports import NodeReport
-    from ray_slurm_provider.shells import Shell
+from ray_slurm_provider.shells import LocalShell, Shell, SrunShell, SshShell, run, ssh_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ import difflib
 import os
 import pwd
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -27,9 +28,6 @@ from ray_slurm_provider.sbatch_options import (
     option_name,
 )
 from ray_slurm_provider.site_rules import SiteFile
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

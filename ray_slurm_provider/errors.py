@@ -22,10 +22,7 @@ The first line of a message says what happened, the following ones what to do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from collections.abc import Sequence
 
 
 class SlurmProviderError(Exception):

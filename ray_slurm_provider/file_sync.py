@@ -6,14 +6,11 @@ import glob
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_slurm_provider.errors import StateError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 # File systems that only their own host sees (mount(8)); what is not one of these is taken for shared.
 _LOCAL_TYPES = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay", "vfat"})

@@ -7,10 +7,8 @@ import json
 import os
 import random
 import string
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 _LETTERS = string.ascii_lowercase + string.digits
 

@@ -6,7 +6,7 @@ has.
 
 from collections.abc import Callable, Iterable, Mapping
 
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, INSTANCE_VARIABLE
 from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.config import SlurmSettings
@@ -14,7 +14,6 @@ from ray_slurm_provider.errors import SlurmParseError
 from ray_slurm_provider.nodes import Node, join
 from ray_slurm_provider.report_cache import ReportCache
 from ray_slurm_provider.reports import ENDED
-from ray_slurm_provider.worker_launcher import INSTANCE_VARIABLE
 
 _LOOK_S = 1.0
 # While a job waits, starts or ends, the autoscaler asks so many times as often as at rest.

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
+from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.errors import NodeNotFound, SlurmError, StateError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from ray_slurm_provider.cluster import Cluster
 
 _POLL_S = 0.5
 _ALIVE_CHECK_S = 10.0

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from ray_slurm_provider.birth_certificate import job_id_of
+from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.clusters import ClusterRow
 from ray_slurm_provider.errors import SlurmError
-from ray_slurm_provider.nodes import TAG_TYPE
+from ray_slurm_provider.nodes import TAG_TYPE, Node
 from ray_slurm_provider.progress import waits_for
 from ray_slurm_provider.slurm.parse import format_time
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ray_slurm_provider.cluster import Cluster
-    from ray_slurm_provider.clusters import ClusterRow
-    from ray_slurm_provider.nodes import Node
 
 _WATCH_S = 2.0
 _WIDTH_WITHOUT_TERMINAL = 160
@@ -31,33 +26,19 @@ _WIDTH_WITHOUT_TERMINAL = 160
 
 @dataclass(frozen=True)
 class NodeRow:
-    """One node, each field as text.
+    """One node, each field as text."""
 
-    Attributes:
-        id: Node id.
-        type: Ray node type.
-        state: SLURM's state of the job.
-        ray: Whether Ray is up there.
-        reason: SLURM's reason while it waits.
-        waits_for: That in plain words, with its expected start as far as SLURM tells.
-        host: SLURM node.
-        address: Address that Ray uses.
-        time_left: Until the time limit.
-        start: Start, or its estimate.
-        log: The job's log.
-    """
-
-    id: str
-    type: str
-    state: str
-    ray: str
-    reason: str
-    waits_for: str
-    host: str
-    address: str
-    time_left: str
-    start: str
-    log: str
+    id: str  # node id
+    type: str  # Ray node type
+    state: str  # SLURM's state of the job
+    ray: str  # whether Ray is up there
+    reason: str  # SLURM's reason while it waits
+    waits_for: str  # that in plain words, with its expected start as far as SLURM tells
+    host: str  # SLURM node
+    address: str  # address that Ray uses
+    time_left: str  # until the time limit
+    start: str  # start, or its estimate
+    log: str  # the job's log
 
 
 def node_rows(cluster: Cluster) -> list[NodeRow]:

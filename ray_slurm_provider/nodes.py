@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+from ray_slurm_provider.backends.base import Sighting
 from ray_slurm_provider.backends.login_process import PREFIX
 from ray_slurm_provider.birth_certificate import job_id_of
-from ray_slurm_provider.reports import READY
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from ray_slurm_provider.backends.base import Sighting
-    from ray_slurm_provider.reports import NodeReport
+from ray_slurm_provider.reports import READY, NodeReport
 
 # Ray's own names (ray/autoscaler/tags.py); the contract tests compare them.
 TAG_KIND = "ray-node-type"
@@ -23,19 +19,12 @@ STATUS_UP_TO_DATE = "up-to-date"
 
 
 class Node(NamedTuple):
-    """A Ray node of the cluster.
+    """A Ray node of the cluster."""
 
-    Attributes:
-        node_id: Its id.
-        tags: Ray's tags as they are now.
-        seen: What the backend sees of it.
-        report: What it says of itself; None when it has said nothing yet.
-    """
-
-    node_id: str
-    tags: Mapping[str, str]
-    seen: Sighting
-    report: NodeReport | None = None
+    node_id: str  # its id
+    tags: Mapping[str, str]  # Ray's tags as they are now
+    seen: Sighting  # what the backend sees of it
+    report: NodeReport | None = None  # what it says of itself; None when it has said nothing yet
 
     @property
     def is_head(self) -> bool:

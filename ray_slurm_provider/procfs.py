@@ -6,11 +6,9 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 _POLL_S = 0.05
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

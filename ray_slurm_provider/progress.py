@@ -5,20 +5,15 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
+from typing_extensions import Self
 
+from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.nodes import Node
 from ray_slurm_provider.slurm.reasons import in_words
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rich.status import Status
-    from typing_extensions import Self
-
-    from ray_slurm_provider.errors import SlurmError
-    from ray_slurm_provider.nodes import Node
 
 _REPEAT_S = 300.0
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import click
 import ray.autoscaler
@@ -30,9 +31,6 @@ from ray.autoscaler.tags import (
 from ray.util.accelerators import accelerators
 
 from ray_slurm_provider.errors import SlurmProviderError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 __all__ = [
     "CommandRunnerInterface",

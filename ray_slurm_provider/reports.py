@@ -7,14 +7,12 @@ SLURM's to say.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ray_slurm_provider.files import read_json_object, write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 STARTING = "starting"
 READY = "ready"
@@ -24,31 +22,19 @@ BOOTSTRAP_CONFIG = "ray_bootstrap_config.yaml"
 
 
 class NodeReport(NamedTuple):
-    """The state of one Ray node as its own job sees it.
+    """The state of one Ray node as its own job sees it."""
 
-    Attributes:
-        node_id: Whose report this is.
-        phase: `STARTING`, `READY` or `ENDED`.
-        host: Host name.
-        slurm_node: Name of the SLURM node.
-        address: The address that Ray uses; "" when not chosen yet.
-        ports: Ray's ports by name; a head has ``gcs``, ``client`` and ``dashboard``.
-        temp_dir: Ray's temporary directory on that host.
-        reason: Why it ended; "" while it lives.
-        ready_at: When Ray was up, seconds since the epoch; 0 when it never was.
-        time: When this was written, seconds since the epoch.
-    """
-
-    node_id: str
-    phase: str
-    host: str = ""
-    slurm_node: str = ""
-    address: str = ""
+    node_id: str  # whose report this is
+    phase: str  # `STARTING`, `READY` or `ENDED`
+    host: str = ""  # host name
+    slurm_node: str = ""  # name of the SLURM node
+    address: str = ""  # the address that Ray uses; "" when not chosen yet
+    # Ray's ports by name; a head has ``gcs``, ``client`` and ``dashboard``
     ports: Mapping[str, int] = MappingProxyType({})
-    temp_dir: str = ""
-    reason: str = ""
-    ready_at: float = 0.0
-    time: float = 0.0
+    temp_dir: str = ""  # Ray's temporary directory on that host
+    reason: str = ""  # why it ended; "" while it lives
+    ready_at: float = 0.0  # when Ray was up, seconds since the epoch; 0 when it never was
+    time: float = 0.0  # when this was written, seconds since the epoch
 
     @property
     def gcs_address(self) -> str:
@@ -73,13 +59,9 @@ class NodeReport(NamedTuple):
 
 
 class ReportPaths(NamedTuple):
-    """Where the reports of a cluster are.
+    """Where the reports of a cluster are."""
 
-    Attributes:
-        root: The cluster directory.
-    """
-
-    root: Path
+    root: Path  # the cluster directory
 
     @property
     def nodes(self) -> Path:

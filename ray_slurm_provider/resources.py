@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ray_slurm_provider.agent.allocation import MIB, object_store_bytes
 from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.sbatch_options import SbatchOptions
 from ray_slurm_provider.slurm import parse
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from ray_slurm_provider.sbatch_options import SbatchOptions
 
 # A quarter of what Ray calls its minimum would not start; below this no object fits.
 _LEAST_OBJECT_STORE_BYTES = 80 * MIB

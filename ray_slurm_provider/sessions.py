@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import PurePath
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 # What `ray exec --stop` puts behind the command (ray/autoscaler/_private/commands.py, exec_cluster).
 STOP_TAIL = "; ray stop; ray teardown ~/ray_bootstrap_config.yaml --yes --workers-only; sudo shutdown -h now"

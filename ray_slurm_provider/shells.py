@@ -7,16 +7,14 @@ import os
 import secrets
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.slurm.process import clean_environment
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 # After Ctrl-C in a terminal the command has had the signal as well.
 _INTERRUPTED_S = 2.0
@@ -40,13 +38,9 @@ class Shell(Protocol):
 
 @dataclass(frozen=True)
 class LocalShell:
-    """Runs commands on this host.
+    """Runs commands on this host."""
 
-    Attributes:
-        exports: File of the exports to begin with.
-    """
-
-    exports: Path
+    exports: Path  # file of the exports to begin with
 
     def command(self, text: str, *, terminal: bool) -> list[str]:  # noqa: ARG002 it has the terminal that we have
         """See `Shell`."""
@@ -58,19 +52,12 @@ class LocalShell:
 
 @dataclass(frozen=True)
 class SrunShell:
-    """Runs commands in a node's allocation, as further steps of its job.
+    """Runs commands in a node's allocation, as further steps of its job."""
 
-    Attributes:
-        exports: File of the exports to begin with.
-        srun: Path of srun.
-        job_id: The job.
-        cluster: SLURM's name of the cluster, where the tools speak to several; "" for their own.
-    """
-
-    exports: Path
-    srun: str
-    job_id: str
-    cluster: str = ""
+    exports: Path  # file of the exports to begin with
+    srun: str  # path of srun
+    job_id: str  # the job
+    cluster: str = ""  # SLURM's name of the cluster, where the tools speak to several; "" for their own
 
     def command(self, text: str, *, terminal: bool) -> list[str]:
         """See `Shell`."""
@@ -96,17 +83,11 @@ class SrunShell:
 
 @dataclass(frozen=True)
 class SshShell:
-    """Runs commands on a node's host by ssh.
+    """Runs commands on a node's host by ssh."""
 
-    Attributes:
-        exports: File of the exports to begin with.
-        arguments: The arguments of ssh, the host last.
-        temp_dir: Ray's directory on that host, for a note of what runs.
-    """
-
-    exports: Path
-    arguments: Sequence[str]
-    temp_dir: str
+    exports: Path  # file of the exports to begin with
+    arguments: Sequence[str]  # the arguments of ssh, the host last
+    temp_dir: str  # Ray's directory on that host, for a note of what runs
     _token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def command(self, text: str, *, terminal: bool) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE, INSTANCE_VARIABLE
+from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
+from ray_slurm_provider.config import NodeConfig
 from ray_slurm_provider.deferred_launches import DeferredLaunches, LaunchRequest
 from ray_slurm_provider.errors import ConfigError, LaunchDelayed, SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.nodes import TAG_TYPE
@@ -17,15 +20,10 @@ from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.site_file import rules_in_force
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from ray_slurm_provider.backends.base import Launch
-    from ray_slurm_provider.cluster import Cluster
-    from ray_slurm_provider.config import NodeConfig
+    from ray_slurm_provider.cluster import Cluster  # which imports this module
 
 logger = logging.getLogger(__name__)
 
-INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 _REASONS_TO_WAIT = (LaunchDelayed, SubmitRejected, ConfigError)
 
 

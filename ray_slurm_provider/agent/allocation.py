@@ -21,17 +21,11 @@ OBJECT_STORE_MAX_BYTES = 200 * 10**9
 
 
 class Allocation(NamedTuple):
-    """What SLURM gave to this job on this host.
+    """What SLURM gave to this job on this host."""
 
-    Attributes:
-        cpus: CPUs.
-        gpus: GPUs.
-        memory_mib: Memory in MiB.
-    """
-
-    cpus: int
-    gpus: int
-    memory_mib: int
+    cpus: int  # CPUs
+    gpus: int  # GPUs
+    memory_mib: int  # memory in MiB
 
     def resources(self) -> dict[str, int]:
         """Return it in Ray's words, memory in bytes."""

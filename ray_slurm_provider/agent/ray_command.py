@@ -31,6 +31,8 @@ _LAUNCH_BATCH = "100"
 _LAUNCHES = "1000"
 # What the autoscaler tells the workers that it submits.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
+# By this one autoscaler v2 recognises the node (ray/autoscaler/v2/instance_manager).
+INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
 # After a short cut of the network a process may wait for an answer on a connection that the other end has closed; Ray's
 # clients look after 300 s whether it still lives. Ray's servers allow them to look once in 60 s (rpc/grpc_server.cc).
 CONNECTION_ENVIRONMENT = {"RAY_grpc_client_keepalive_time_ms": "60000"}

@@ -12,59 +12,32 @@ if TYPE_CHECKING:
 
 
 class AgentSpec(NamedTuple):
-    """One Ray node, from the agent's side.
+    """One Ray node, from the agent's side."""
 
-    Attributes:
-        cluster: The cluster's name.
-        home: Fingerprint of the cluster's directory, as in the birth certificate.
-        cluster_dir: The cluster's directory.
-        login_node: Whether this is a head outside SLURM.
-        head: Node id of the head that this worker belongs to; "" for a head.
-        gcs_address: Where that head listens; "" for a head.
-        resources: The Ray resources that the autoscaler counts on.
-        written: Names of those that a person wrote into the YAML: these are kept.
-        labels: Ray labels.
-        ray_start_args: Further arguments for ``ray start``.
-        epilogue: Shell lines to run when everything has ended.
-        interface: Network interface to use; "" for the usual one.
-        temp_dir: Where Ray's temporary directory is made.
-        token_auth: Whether Ray asks for the cluster's token.
-        tls: Whether Ray encrypts its connections.
-        metrics: Whether Ray's metrics can be read, by everybody.
-        service_ports: Range for the ports of Ray's services; "" for any.
-        worker_ports: Range for the ports of Ray's worker processes; "" for any.
-        update_interval_s: Period of the autoscaler, seconds.
-        withdraw_after_s: When a queued job that nobody needs is cancelled, seconds.
-        drain_s: Time to move work away before the time limit, seconds.
-        slurm_bin: Directory of the SLURM tools; "" for PATH.
-        clusters: SLURM's name of the cluster, where the tools speak to several; "" for their own.
-        command_timeout_s: How long a SLURM tool may take, seconds.
-    """
-
-    cluster: str
-    home: str
-    cluster_dir: str
-    login_node: bool = False
-    head: str = ""
-    gcs_address: str = ""
-    resources: Mapping[str, int] = MappingProxyType({})
-    written: Sequence[str] = ()
-    labels: Mapping[str, str] = MappingProxyType({})
-    ray_start_args: Sequence[str] = ()
-    epilogue: Sequence[str] = ()
-    interface: str = ""
-    temp_dir: str = ""
-    token_auth: bool = True
-    tls: bool = False
-    metrics: bool = False
-    service_ports: str = ""
-    worker_ports: str = ""
-    update_interval_s: int = 2
-    withdraw_after_s: int = 300
-    drain_s: int = 60
-    slurm_bin: str = ""
-    clusters: str = ""
-    command_timeout_s: int = 60
+    cluster: str  # the cluster's name
+    home: str  # fingerprint of the cluster's directory, as in the birth certificate
+    cluster_dir: str  # the cluster's directory
+    login_node: bool = False  # whether this is a head outside SLURM
+    head: str = ""  # node id of the head that this worker belongs to; "" for a head
+    gcs_address: str = ""  # where that head listens; "" for a head
+    resources: Mapping[str, int] = MappingProxyType({})  # the Ray resources that the autoscaler counts on
+    written: Sequence[str] = ()  # names of those that a person wrote into the YAML: these are kept
+    labels: Mapping[str, str] = MappingProxyType({})  # Ray labels
+    ray_start_args: Sequence[str] = ()  # further arguments for ``ray start``
+    epilogue: Sequence[str] = ()  # shell lines to run when everything has ended
+    interface: str = ""  # network interface to use; "" for the usual one
+    temp_dir: str = ""  # where Ray's temporary directory is made
+    token_auth: bool = True  # whether Ray asks for the cluster's token
+    tls: bool = False  # whether Ray encrypts its connections
+    metrics: bool = False  # whether Ray's metrics can be read, by everybody
+    service_ports: str = ""  # range for the ports of Ray's services; "" for any
+    worker_ports: str = ""  # range for the ports of Ray's worker processes; "" for any
+    update_interval_s: int = 2  # period of the autoscaler, seconds
+    withdraw_after_s: int = 300  # when a queued job that nobody needs is cancelled, seconds
+    drain_s: int = 60  # time to move work away before the time limit, seconds
+    slurm_bin: str = ""  # directory of the SLURM tools; "" for PATH
+    clusters: str = ""  # SLURM's name of the cluster, where the tools speak to several; "" for their own
+    command_timeout_s: int = 60  # how long a SLURM tool may take, seconds
 
     @property
     def is_head(self) -> bool:

@@ -2,76 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
-
-    from ray_slurm_provider.config import NodeConfig, SlurmSettings
+from ray_slurm_provider.config import NodeConfig, SlurmSettings
 
 
 class Sighting(NamedTuple):
-    """What a backend sees of one node of the cluster.
+    """What a backend sees of one node of the cluster."""
 
-    Attributes:
-        node_id: The Ray node's id.
-        head: Node id of the head that it works for; "" for a head.
-        birth_tags: Ray's tags when it was created.
-        alive: Whether it waits or runs.
-        queued: Whether it still waits.
-        state: The backend's own word for its state.
-        reason: Why it is so; may be "".
-        place: Where it runs; "" while it waits.
-        start: When it started or may start; may be "".
-        time_limit: How long it may run; may be "".
-        end: When it ends at the latest, or has ended; may be "".
-    """
-
-    node_id: str
-    head: str
-    birth_tags: Mapping[str, str] = MappingProxyType({})
-    alive: bool = True
-    queued: bool = False
-    state: str = ""
-    reason: str = ""
-    place: str = ""
-    start: str = ""
-    time_limit: str = ""
-    end: str = ""
+    node_id: str  # the Ray node's id
+    head: str  # node id of the head that it works for; "" for a head
+    birth_tags: Mapping[str, str] = MappingProxyType({})  # Ray's tags when it was created
+    alive: bool = True  # whether it waits or runs
+    queued: bool = False  # whether it still waits
+    state: str = ""  # the backend's own word for its state
+    reason: str = ""  # why it is so; may be ""
+    place: str = ""  # where it runs; "" while it waits
+    start: str = ""  # when it started or may start; may be ""
+    time_limit: str = ""  # how long it may run; may be ""
+    end: str = ""  # when it ends at the latest, or has ended; may be ""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A node to be created.
+    """A node to be created."""
 
-    Attributes:
-        cluster: The cluster's name.
-        home: Fingerprint of the cluster's directory.
-        cluster_dir: The cluster's directory.
-        settings: The cluster's settings.
-        node_type: The Ray node type.
-        config: Its resolved configuration.
-        tags: Ray's tags.
-        head: Node id of the head that it works for; "" for a head.
-        gcs_address: Where that head listens; "" for a head.
-        avoid: SLURM nodes on which it shall not start.
-        environ: The environment that the node starts with.
-    """
-
-    cluster: str
-    home: str
-    cluster_dir: Path
-    settings: SlurmSettings
-    node_type: str
-    config: NodeConfig
-    tags: Mapping[str, str]
-    head: str = ""
-    gcs_address: str = ""
-    avoid: Sequence[str] = ()
-    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cluster: str  # the cluster's name
+    home: str  # fingerprint of the cluster's directory
+    cluster_dir: Path  # the cluster's directory
+    settings: SlurmSettings  # the cluster's settings
+    node_type: str  # the Ray node type
+    config: NodeConfig  # its resolved configuration
+    tags: Mapping[str, str]  # Ray's tags
+    head: str = ""  # node id of the head that it works for; "" for a head
+    gcs_address: str = ""  # where that head listens; "" for a head
+    avoid: Sequence[str] = ()  # SLURM nodes on which it shall not start
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # the environment that the node starts with
 
 
 class NodeBackend(Protocol):

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ray_slurm_provider.agent.spec import AgentSpec
+from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.batch_script import JobSpec, render, render_process
 from ray_slurm_provider.birth_certificate import BirthCertificate, new_token
 from ray_slurm_provider.config import ResolvedNode
 from ray_slurm_provider.errors import ConfigError
 from ray_slurm_provider.site_file import check_node_config, rules_in_force
 from ray_slurm_provider.slurm.process import clean_environment
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ray_slurm_provider.backends.base import Launch
 
 # What belongs to the shell or the node of `ray up` and must not follow the job to another.
 _NOT_FOR_JOBS = (

@@ -16,23 +16,17 @@ import signal
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent.network import connection_state
-from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.backends.base import Launch, Sighting
 from ray_slurm_provider.backends.launch_script import certificate_text, job_spec, new_certificate
 from ray_slurm_provider.batch_script import render_process
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, BirthCertificate, read_certificate
-from ray_slurm_provider.cluster_dir import LoginHead
+from ray_slurm_provider.cluster_dir import ClusterDir, LoginHead
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.reports import ENDED
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from ray_slurm_provider.backends.base import Launch
-    from ray_slurm_provider.cluster_dir import ClusterDir
 
 logger = logging.getLogger(__name__)
 

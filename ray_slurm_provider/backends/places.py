@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
+from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
 from ray_slurm_provider.backends.login_process import PREFIX, LoginProcess
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
-    from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
+from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 
 
 class Places:

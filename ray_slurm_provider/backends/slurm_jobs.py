@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
-from ray_slurm_provider.backends.base import Sighting
+from ray_slurm_provider.backends.base import Launch, Sighting
 from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
-from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
+from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, read_certificate
+from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
-from ray_slurm_provider.slurm.types import element_ids
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from ray_slurm_provider.backends.base import Launch
-    from ray_slurm_provider.birth_certificate import BirthCertificate
-    from ray_slurm_provider.birth_records import BirthRecords
-    from ray_slurm_provider.slurm.client import SlurmClient
-    from ray_slurm_provider.slurm.types import Job
+from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.types import Job, element_ids
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import click
 
 from ray_slurm_provider.cluster_yaml import settings_of
 from ray_slurm_provider.config import check_cluster_name
+from ray_slurm_provider.deployment.deploy import Deployment
 from ray_slurm_provider.deployment.document import template_directory
 from ray_slurm_provider.deployment.proposal import Wishes
 from ray_slurm_provider.deployment.site_document import site_document, user_yaml
@@ -23,9 +24,6 @@ from ray_slurm_provider.site_file import parse_site, read_site, site_file_to_wri
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 from ray_slurm_provider.slurm.process import SlurmTools
-
-if TYPE_CHECKING:
-    from ray_slurm_provider.deployment.deploy import Deployment
 
 _STDOUT = "-"
 

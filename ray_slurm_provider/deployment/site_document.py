@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from ray_slurm_provider.deployment.deploy import Deployment
 from ray_slurm_provider.deployment.document import commented, scalar
 from ray_slurm_provider.errors import DeployError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from ray_slurm_provider.deployment.deploy import Deployment
 
 _HEADER = """\
 # The site file of ray-slurm-provider: what holds for the Ray clusters of all users here. Made by

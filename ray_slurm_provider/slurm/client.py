@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
 
 from ray_slurm_provider.errors import SlurmError, SlurmParseError, SlurmUnavailable, SubmitRejected
 from ray_slurm_provider.slurm import parse
-from ray_slurm_provider.slurm.process import SlurmTools
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from ray_slurm_provider.slurm.process import Completed
-    from ray_slurm_provider.slurm.types import Job, JobEnd
+from ray_slurm_provider.slurm.process import Completed, SlurmTools
+from ray_slurm_provider.slurm.types import Job, JobEnd
 
 # sbatch's own words, and the category we give them; the first that fits wins.
 _REJECTIONS = (

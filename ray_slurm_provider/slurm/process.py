@@ -7,13 +7,11 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ray_slurm_provider.errors import SlurmError, SlurmNotFound, SlurmUnavailable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +44,11 @@ _CLIENT_PACKAGES = "slurm-client"
 
 
 class Completed(NamedTuple):
-    """A tool that has ended.
+    """A tool that has ended."""
 
-    Attributes:
-        argv: The command line.
-        stdout: What it printed.
-        stderr: What it complained about.
-    """
-
-    argv: tuple[str, ...]
-    stdout: str
-    stderr: str
+    argv: tuple[str, ...]  # the command line
+    stdout: str  # what it printed
+    stderr: str  # what it complained about
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -65,21 +57,13 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class SlurmTools(NamedTuple):
-    """Where the tools are, and how long each may take.
+    """Where the tools are, and how long each may take."""
 
-    Attributes:
-        bin_dir: Directory of the tools; empty means PATH.
-        timeout_s: Seconds after which a tool that has not answered is ended.
-        environ: The environment to run in; it is scrubbed before use.
-        cluster: SLURM's name of the cluster, where the tools speak to several; empty for their own.
-        prefix: Words before each command line, for tools that run in another place.
-    """
-
-    bin_dir: str = ""
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    environ: Mapping[str, str] = os.environ
-    cluster: str = ""
-    prefix: Sequence[str] = ()
+    bin_dir: str = ""  # directory of the tools; empty means PATH
+    timeout_s: float = DEFAULT_TIMEOUT_S  # seconds after which a tool that has not answered is ended
+    environ: Mapping[str, str] = os.environ  # the environment to run in; it is scrubbed before use
+    cluster: str = ""  # SLURM's name of the cluster, where the tools speak to several; empty for their own
+    prefix: Sequence[str] = ()  # words before each command line, for tools that run in another place
 
     def __repr__(self) -> str:
         return f"SlurmTools({self.bin_dir!r}, {self.cluster!r})"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
 
@@ -126,19 +124,12 @@ def _indices(text: str) -> Iterator[int]:
 
 
 class JobEnd(NamedTuple):
-    """How a job ended, from ``scontrol show job``.
+    """How a job ended, from ``scontrol show job``."""
 
-    Attributes:
-        state: The state word: ``FAILED``, ``TIMEOUT``.
-        reason: SLURM's reason; "" for none.
-        exit_code: The script's exit code.
-        signal: The signal that ended it, 0 for none.
-    """
-
-    state: str
-    reason: str
-    exit_code: int
-    signal: int
+    state: str  # the state word: ``FAILED``, ``TIMEOUT``
+    reason: str  # SLURM's reason; "" for none
+    exit_code: int  # the script's exit code
+    signal: int  # the signal that ended it, 0 for none
 
     def __str__(self) -> str:
         parts = [self.state]
