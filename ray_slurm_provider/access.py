@@ -27,15 +27,7 @@ _CONNECT_S = 3.0
 
 
 def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str]:
-    """Return the variables that a shell needs to use a cluster.
-
-    Args:
-        cluster: The cluster.
-        client: Whether drivers shall use Ray Client, through the head's client port.
-
-    Raises:
-        StateError: No head is up.
-    """
+    """Return the variables that a shell needs to use a cluster."""
     report = ready_head_report(cluster)
     return {
         "RAY_ADDRESS": report.client_address if client else report.gcs_address,
@@ -46,11 +38,7 @@ def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str
 
 
 def ready_head_report(cluster: Cluster) -> NodeReport:
-    """Return what the head of a cluster says of itself.
-
-    Raises:
-        StateError: No head is up.
-    """
+    """Return what the head of a cluster says of itself; raise `StateError` when none is up."""
     report = cluster.directory.head_report()
     ready = report is not None and report.phase == READY
     if report is None or not ready or _refuses(report):

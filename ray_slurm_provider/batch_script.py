@@ -52,11 +52,7 @@ class JobSpec:
 
 
 def render(spec: JobSpec) -> str:
-    """Return the batch script of a job.
-
-    Raises:
-        ConfigError: A value cannot stand in a directive.
-    """
+    """Return the batch script of a job."""
     directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
     directives += [f"#SBATCH {directive.strip()}" for directive in spec.extra]
     # Whether Ray's nodes are elements of an array is nobody's business in their tasks.
@@ -65,12 +61,7 @@ def render(spec: JobSpec) -> str:
 
 
 def render_process(spec: JobSpec, host: str) -> str:
-    """Return the script of a head that is a process on the login node, with no SLURM around it.
-
-    Args:
-        spec: What it says.
-        host: Name of the login node, as it stands in the node's id.
-    """
+    """Return the script of a head that is a process on the login node, with no SLURM around it."""
     redirect = 'exec >>"$RAY_SLURM_DIR/logs/$RAY_CLOUD_INSTANCE_ID.log" 2>&1'
     return "\n".join(["#!/bin/bash", "", *_identity(spec, f"login-{host}-$$"), redirect, *_body(spec)])
 

@@ -16,11 +16,7 @@ _TOKEN = re.compile(r"-([a-z0-9]{6})$")
 
 
 class BirthRecords:
-    """The records of one cluster.
-
-    Args:
-        directory: Where they are.
-    """
+    """The records of one cluster."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

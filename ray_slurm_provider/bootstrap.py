@@ -93,9 +93,6 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 
     Setup commands move into the ``node_config`` of each type, for the job runs them; resources are
     derived from the sbatch options; paths and the interpreter are those of this process.
-
-    Raises:
-        ConfigError: It holds a mistake.
     """
     config = {**_DEFAULTS, **copy.deepcopy(config)}
     check_cluster_name(config.get("cluster_name"))
@@ -133,20 +130,12 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_file(path: Path) -> dict[str, Any]:
-    """Return the configuration that `ray up` would work with.
-
-    Raises:
-        ConfigError: The YAML holds a mistake.
-    """
+    """Return the configuration that `ray up` would work with."""
     return resolve_written(load(path))
 
 
 def resolve_written(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration that `ray up` would work with, from a YAML that was read.
-
-    Raises:
-        ConfigError: It holds a mistake.
-    """
+    """Return the configuration that `ray up` would work with, from a YAML that was read."""
     for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
         # Ray reads these before it asks us, and ends with a bare KeyError.
         _command_list(config.get(key, ""), key)
@@ -157,11 +146,7 @@ def resolve_written(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def script(path: Path, node_type: str) -> str:
-    """Return the batch script of a node type of a YAML.
-
-    Raises:
-        ConfigError: The YAML holds a mistake, or has no such type.
-    """
+    """Return the batch script of a node type of a YAML."""
     config = resolve_file(path)
     types = config["available_node_types"]
     if node_type not in types:
@@ -187,11 +172,7 @@ def check_for_up(config: dict[str, Any]) -> None:
 
 
 def check_file_mounts(config: dict[str, Any]) -> None:
-    """Refuse file mounts that cannot be copied.
-
-    Raises:
-        ConfigError: A source does not exist here, or the jobs would not see a target.
-    """
+    """Refuse file mounts that cannot be copied."""
     shared = read_settings(config["provider"].get("slurm")).directory()
     head = config["available_node_types"][config["head_node_type"]]["node_config"]
     for target, source in config["file_mounts"].items():

@@ -44,16 +44,7 @@ _CLEANUP_TIMEOUT_S = 120.0
 
 
 class Cluster:
-    """One Ray cluster on SLURM.
-
-    Args:
-        name: The cluster's name.
-        settings: ``provider.slurm``.
-        environ: The environment of this process.
-        backend: Where its nodes run; SLURM and the login node when None.
-        clock: A monotonic clock, seconds.
-        wall_clock: Seconds since the epoch.
-    """
+    """One Ray cluster on SLURM."""
 
     def __init__(
         self,
@@ -98,11 +89,7 @@ class Cluster:
             return dict(self._listing.nodes)
 
     def node(self, node_id: str) -> Node:
-        """Return a node, also one that has ended, as it was when last seen.
-
-        Raises:
-            NodeNotFound: This cluster has never had it.
-        """
+        """Return a node, also one that has ended, as it was when last seen."""
         found = self.nodes().get(node_id) or self._listing.known.get(node_id)
         if found is None:
             raise NodeNotFound(f"node {node_id} is not one of cluster {self.name}")

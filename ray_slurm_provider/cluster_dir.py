@@ -76,12 +76,7 @@ class LoginHead:
 
 
 class ClusterDir:
-    """The one place that reads and writes the cluster directory.
-
-    Args:
-        state_dir: The directory of all clusters.
-        cluster_name: This cluster.
-    """
+    """The one place that reads and writes the cluster directory."""
 
     def __init__(self, state_dir: Path, cluster_name: str) -> None:
         self.root = state_dir / cluster_name
@@ -208,11 +203,7 @@ class ClusterDir:
 
     @contextmanager
     def head_lock(self) -> Iterator[None]:
-        """Keep another `ray up` from submitting a head meanwhile.
-
-        Raises:
-            StateError: It is at it for too long.
-        """
+        """Keep another `ray up` from submitting a head meanwhile."""
         with self._locked("head.lock", _HEAD_LOCK_TIMEOUT_S):
             yield
 
@@ -248,11 +239,7 @@ class ClusterDir:
             return None
 
     def last_login_head(self) -> str:
-        """Return the node id of the login node's head that wrote last; "" when another head did, or none.
-
-        Raises:
-            StateError: That cannot be read now.
-        """
+        """Return the node id of the login node's head that wrote last; "" when another head did, or none."""
         report = self.head_report()
         wrote = {path: path.stem for path in (self.root / "logs").glob("login-*.log")}
         if report is not None:
@@ -331,11 +318,7 @@ class ClusterDir:
             (self.root / "stopping").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove everything; and the directory of all clusters when nothing is left in it.
-
-        Raises:
-            StateError: Something could not be removed.
-        """
+        """Remove everything; and the directory of all clusters when nothing is left in it."""
         try:
             while self.exists:
                 # Another `ray down` may be at it, too.

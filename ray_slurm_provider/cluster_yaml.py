@@ -14,11 +14,7 @@ from ray_slurm_provider.site_file import read_site
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """Return the mapping in a YAML file."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -31,21 +27,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def open_cluster(path: Path) -> Cluster:
-    """Return the cluster of a YAML; only its name and ``provider.slurm`` are looked at.
-
-    Raises:
-        ConfigError: These hold a mistake.
-    """
+    """Return the cluster of a YAML; only its name and ``provider.slurm`` are looked at."""
     config = load(path)
     return Cluster(check_cluster_name(config.get("cluster_name")), settings_of(config))
 
 
 def settings_of(config: dict[str, Any]) -> SlurmSettings:
-    """Return ``provider.slurm`` of a YAML as a person wrote it, completed by what the site says.
-
-    Raises:
-        ConfigError: It holds a mistake, or the site does not allow it.
-    """
+    """Return ``provider.slurm`` of a YAML as a person wrote it, completed by what the site says."""
     section = config["provider"].get("slurm")
     for name, field in SlurmSettings.model_fields.items():
         if isinstance(section, dict) and name in section and field.json_schema_extra:

@@ -66,13 +66,7 @@ class CommandFailed(click.ClickException):
 
 
 class SlurmCommandRunner(CommandRunnerInterface):
-    """Runs commands in the job of one node.
-
-    Args:
-        cluster: The cluster.
-        node_id: The node.
-        auth: Ray's section ``auth``.
-    """
+    """Runs commands in the job of one node."""
 
     def __init__(self, cluster: Cluster, node_id: str, auth: dict[str, str] | None = None) -> None:
         self._cluster = cluster

@@ -159,11 +159,7 @@ class SlurmSettings(Section):
     """What the site allows; filled in by the provider, never by hand."""
 
     def directory(self) -> Path:
-        """Return state_dir with ``~`` and variables expanded.
-
-        Raises:
-            ConfigError: It is not absolute then.
-        """
+        """Return state_dir with ``~`` and variables expanded."""
         path = expanded(self.state_dir)
         if not os.path.isabs(path):  # noqa: PTH117
             raise ConfigError(
@@ -186,15 +182,7 @@ Model = TypeVar("Model", bound=Section)
 
 
 def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
-    """Return ``provider.slurm`` as a model.
-
-    Args:
-        section: What the YAML holds there.
-        path: Its YAML path, for the error.
-
-    Raises:
-        ConfigError: It holds a mistake.
-    """
+    """Return ``provider.slurm`` as a model."""
     _refuse_protected_options(section, path)
     settings = read_section(SlurmSettings, {} if section is None else section, path)
     settings.directory()
@@ -239,15 +227,7 @@ def _check_ports(ports: Ports) -> None:
 
 
 def read_node_config(section: Any, path: str) -> NodeConfig:
-    """Return a ``node_config`` as a model.
-
-    Args:
-        section: What the YAML holds there.
-        path: Its YAML path, for the error.
-
-    Raises:
-        ConfigError: It holds a mistake.
-    """
+    """Return a ``node_config`` as a model."""
     _refuse_protected_options(section, path)
     config = read_section(NodeConfig, {} if section is None else section, path)
     _check_directives(config, path)
@@ -270,11 +250,7 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
 
 
 def check_cluster_name(name: Any) -> str:
-    """Return the cluster's name.
-
-    Raises:
-        ConfigError: It cannot name a directory and a job.
-    """
+    """Return the cluster's name."""
     if not isinstance(name, str) or not _CLUSTER_NAME.fullmatch(name):
         raise ConfigError(
             "cluster_name",
@@ -297,11 +273,7 @@ def _refuse_protected(key: str, path: str) -> None:
 
 
 def read_section(model: type[Model], section: Any, path: str) -> Model:
-    """Return a section of a YAML as a model.
-
-    Raises:
-        ConfigError: It holds a mistake.
-    """
+    """Return a section of a YAML as a model."""
     if not isinstance(section, dict):
         raise ConfigError(path, f"is {_kind(section)}", "a mapping of keys to values")
     try:

@@ -14,13 +14,7 @@ _LETTERS = string.ascii_lowercase + string.digits
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace a file by new text, or leave it as it was.
-
-    Args:
-        path: The file; its directory must exist.
-        text: The new content.
-        mode: Its permission bits.
-    """
+    """Replace a file by new text, or leave it as it was."""
     temporary = path.with_name(f".{path.name}.{random_name(8)}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:

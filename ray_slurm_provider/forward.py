@@ -23,11 +23,7 @@ class Forward:
 
 @contextmanager
 def forwarded(forwards: Sequence[Forward]) -> Iterator[None]:
-    """Forward ports meanwhile, in a thread of its own.
-
-    Raises:
-        OSError: A local port is taken.
-    """
+    """Forward ports meanwhile, in a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="port-forward", daemon=True)
     thread.start()

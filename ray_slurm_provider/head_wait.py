@@ -78,15 +78,7 @@ def _says_ready(cluster: Cluster, node_id: str) -> bool:
 
 
 def wait_for_restart(cluster: Cluster, before: Node) -> None:
-    """Wait until the report of a head no longer speaks of the Ray that was ended.
-
-    Args:
-        cluster: The cluster.
-        before: The head as it was.
-
-    Raises:
-        HeadFailed: That does not happen.
-    """
+    """Wait until the report of a head no longer speaks of the Ray that was ended."""
     old = before.report.ready_at if before.report is not None else 0.0
 
     def begun() -> bool:

@@ -131,11 +131,7 @@ class LaunchControl:
         return self._backoff.summary(self._wall_clock())
 
     def resume(self, node_type: str = "") -> list[str]:
-        """Lift the pause of a type, or of all; return the types that waited or paused, and the hosts that were avoided.
-
-        Raises:
-            StateError: The diary cannot be written.
-        """
+        """Lift the pause of a type, or of all; return the types and hosts that this concerns."""
         if not self._directory.exists:
             return []
         with self._directory.change_diary() as diary:

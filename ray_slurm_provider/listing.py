@@ -94,14 +94,7 @@ class Listing:
         self._ending |= self.nodes.keys() & set(node_ids)
 
     def look(self, tags: Mapping[str, Mapping[str, str]]) -> None:
-        """Bring the nodes up to date.
-
-        Args:
-            tags: Ray's tags that changed since birth, by node id.
-
-        Raises:
-            SlurmError: Nothing is known now.
-        """
+        """Bring the nodes up to date."""
         now = self._clock()
         news = self._reports.has_news()
         if news:

@@ -19,12 +19,7 @@ _REPEAT_S = 300.0
 
 
 class HeadProgress:
-    """Shows a node's state: one live line in a terminal, elsewhere a line for each change.
-
-    Args:
-        log: The job's log, to be named.
-        console: Where to write; standard output when None.
-    """
+    """Shows a node's state: one live line in a terminal, elsewhere a line for each change."""
 
     def __init__(self, log: Path, console: Console | None = None) -> None:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)

@@ -46,12 +46,6 @@ def derive(options: SbatchOptions, accelerator_names: Iterable[str] = ()) -> dic
 def merge(written: Mapping[str, Any], options: SbatchOptions, derived: Mapping[str, int], path: str) -> dict[str, int]:
     """Return the resources with what a person wrote in place of what was derived.
 
-    Args:
-        written: ``resources`` of the node type in the YAML.
-        options: Its sbatch options.
-        derived: What they promise.
-        path: The YAML path of ``resources``, for the error.
-
     Raises:
         ConfigError: More is promised than the job will have: Ray would start such jobs without end.
     """
@@ -73,11 +67,7 @@ def merge(written: Mapping[str, Any], options: SbatchOptions, derived: Mapping[s
 
 
 def on_login_node(written: Mapping[str, Any], path: str) -> dict[str, int]:
-    """Return the resources of a head on the login node: next to nothing but what a person wrote.
-
-    Raises:
-        ConfigError: Something written is no resource.
-    """
+    """Return the resources of a head on the login node: next to nothing but what a person wrote."""
     _refuse_other_than_counts(written, path)
     return {**_LOGIN_NODE, **written}
 

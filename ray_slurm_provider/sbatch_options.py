@@ -58,11 +58,7 @@ def option_name(text: str) -> str:
 
 
 def check_directive(text: str) -> None:
-    """Refuse a directive that is not one option by its long name: sbatch takes several on a line, and abbreviations.
-
-    Raises:
-        ValueError: It is another form.
-    """
+    """Refuse a directive that is not one option by its long name: sbatch takes several on a line, and abbreviations."""
     if _DIRECTIVE.fullmatch(text.strip()) is None:
         raise ValueError("must be one option, --name or --name=value; a value with blanks stands in quotes")
     name, known = option_name(text), {*SbatchOptions.model_fields, *PROTECTED_OPTIONS}

@@ -13,12 +13,7 @@ _BREAKS = re.compile(r"[\s'\"\\;&|<>()`#]")
 
 
 def with_stop(cmd: str, sign: Path) -> str:
-    """Return a command of Ray's in which the cluster is ended by the agent, with the command's exit code.
-
-    Args:
-        cmd: Ray's command, as it would run through ssh.
-        sign: The file that tells the head's agent to end.
-    """
+    """Return a command of Ray's in which the cluster is ended by the agent, with the command's exit code."""
     return cmd.replace(STOP_TAIL, f"; ray_slurm_code=$?; touch {shlex.quote(str(sign))}; exit $ray_slurm_code")
 
 
@@ -26,10 +21,6 @@ def submission(cmd: str, words: Sequence[str]) -> str:
     """Return the command of ``ray submit`` with its words quoted, which Ray only joins by blanks.
 
     A word without blanks and quotes is left to the shell on the node, as Ray leaves it: ``$HOME/data``.
-
-    Args:
-        cmd: Ray's command.
-        words: Path of the script and its arguments, as they were typed.
     """
     if not words:
         return cmd

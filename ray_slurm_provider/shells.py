@@ -25,12 +25,7 @@ class Shell(Protocol):
     """A way to one node."""
 
     def command(self, text: str, *, terminal: bool) -> list[str]:
-        """Return the command line here that runs a text there with the cluster's environment.
-
-        Args:
-            text: Shell text.
-            terminal: Whether it shall have a terminal.
-        """
+        """Return the command line here that runs a text there with the cluster's environment."""
 
     def interrupted(self) -> None:
         """End what a command left behind there when its client here was interrupted."""
@@ -110,13 +105,7 @@ class SshShell:
 
 
 def ssh_arguments(host: str, auth: dict[str, str], further: Sequence[str]) -> list[str]:
-    """Return the arguments of ssh for a host.
-
-    Args:
-        host: The host.
-        auth: Ray's section ``auth``: ``ssh_user``, ``ssh_private_key``, ``ssh_proxy_command``.
-        further: ``provider.slurm.ssh_args``.
-    """
+    """Return the arguments of ssh for a host."""
     result = list(further)
     if auth.get("ssh_private_key"):
         result += ["-i", os.path.expanduser(auth["ssh_private_key"])]  # noqa: PTH111 ssh takes a text
@@ -132,9 +121,6 @@ def run(shell: Shell, text: str, *, with_output: bool = False, terminal: bool = 
 
     Returns:
         Its exit code, and what it printed when that was asked for.
-
-    Raises:
-        StateError: The way to the node is not there.
     """
     argv = shell.command(text, terminal=terminal)
     try:

@@ -31,11 +31,7 @@ def new_authority(name: str) -> tuple[str, str]:
 
 
 def new_certificate(authority: str, authority_key: str, names: Iterable[str], addresses: Iterable[str]) -> str:
-    """Return a certificate for a host, followed by its key.
-
-    Raises:
-        ValueError: The authority's texts are not what they should be.
-    """
+    """Return a certificate for a host, followed by its key."""
     issuer = x509.load_pem_x509_certificate(authority.encode())
     signer = serialization.load_pem_private_key(authority_key.encode(), password=None)
     if not isinstance(signer, ec.EllipticCurvePrivateKey):

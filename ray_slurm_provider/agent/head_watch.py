@@ -48,11 +48,7 @@ class HeadWatch:
         self._refused_since: float | None = None
 
     def why_not_start(self, signals: Sequence[int]) -> str:
-        """Return why there is no point in starting, "" when the head can be reached.
-
-        Args:
-            signals: Fills when the job is cancelled, which ends the waiting.
-        """
+        """Return why there is no point in starting, "" when the head can be reached."""
         head = f"the head {self._spec.head} at {self._spec.gcs_address}"
         deadline = time.monotonic() + _UNREACHABLE_S
         while True:

@@ -31,14 +31,6 @@ def choose_address(interface: str, slurm_node: str, node_address: Callable[[str]
     reach; else the host name's; else the one towards the default route. A loopback address is taken when
     SLURM's configuration holds one literally (then the whole cluster is on one host) or when there is no
     other; a name that resolves to 127.0.1.1 by /etc/hosts is a trap and is passed over.
-
-    Args:
-        interface: Name of the interface; "" for none.
-        slurm_node: SLURM's name of this node; "" outside SLURM.
-        node_address: Asks SLURM for the NodeAddr of a node.
-
-    Raises:
-        ValueError: The interface has no address.
     """
     if interface:
         return address_of_interface(interface)
@@ -53,13 +45,6 @@ def choose_login_address(interface: str, node_addresses: Callable[[], Iterable[s
 
     The interface that the user named; else the address from which packets to the compute nodes go: a login
     node has a public side too. Loopback only when every compute node is on loopback.
-
-    Args:
-        interface: Name of the interface; "" for none.
-        node_addresses: Asks SLURM for the NodeAddr of its nodes.
-
-    Raises:
-        ValueError: The interface has no address.
     """
     if interface:
         return address_of_interface(interface)
@@ -82,14 +67,7 @@ def _first_usable(candidates: Iterable[str]) -> str:
 
 
 def address_of_interface(wanted: str) -> str:
-    """Return the IPv4 address of an interface, or its global IPv6 address.
-
-    Args:
-        wanted: Its name; or several, separated by commas, of which the first that is there counts.
-
-    Raises:
-        ValueError: There is no such interface, or it has no address.
-    """
+    """Return the IPv4 address of an interface, or its global IPv6 address."""
     names = [interface for _, interface in socket.if_nameindex()]
     name = next((name for word in wanted.split(",") if (name := word.strip()) in names), None)
     if name is None:
@@ -129,10 +107,6 @@ class Line:
     """A TCP connection that is held only to hear at once when the other end goes.
 
     Nothing is sent over it but what the kernel sends (SO_KEEPALIVE, tcp(7)), so that ten thousand of them cost nothing.
-
-    Args:
-        host: Where to.
-        port: And which port there.
     """
 
     def __init__(self, host: str, port: int) -> None:

@@ -6,11 +6,7 @@ import time
 
 
 class Pace:
-    """Says at most once in a while that it is time.
-
-    Args:
-        every_s: Seconds between two times.
-    """
+    """Says at most once in a while that it is time."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s

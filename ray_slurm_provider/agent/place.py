@@ -19,9 +19,6 @@ logger = logging.getLogger(__name__)
 class Place:
     """A node's place on its host, from `take` to `give_back`; it may be taken again after that.
 
-    Args:
-        spec: What the node shall be.
-
     Attributes:
         temp_dir: Ray's temporary directory; None while the place is not taken.
     """

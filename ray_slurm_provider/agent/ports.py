@@ -84,11 +84,7 @@ def reserve(names: Iterable[str], within: str = "") -> Reservation:
 
 
 def port_range(text: str) -> range:
-    """Return the ports of ``20000-20999``.
-
-    Raises:
-        ValueError: It is no range of ports.
-    """
+    """Return the ports of ``20000-20999``."""
     first, dash, last = text.partition("-")
     if not (dash and first.strip().isdigit() and last.strip().isdigit()):
         raise ValueError(f"must be a range of ports such as 20000-20999, not {text!r}")

@@ -200,12 +200,7 @@ def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]
 
 
 def shell_environment(environ: Mapping[str, str], access: Mapping[str, str]) -> str:
-    """Return shell lines that give a command on the node the environment of its job.
-
-    Args:
-        environ: The job's environment.
-        access: What a process needs to talk to this Ray.
-    """
+    """Return shell lines that give a command on the node the environment of its job."""
     left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
     kept = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
     variables = {**CONNECTION_ENVIRONMENT, **kept, **access}

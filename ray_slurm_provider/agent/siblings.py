@@ -19,13 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Siblings:
-    """The jobs that work for one head.
-
-    Args:
-        spec: A node of the cluster.
-        node_id: That node's id.
-        slurm: The way to SLURM.
-    """
+    """The jobs that work for one head."""
 
     def __init__(self, spec: AgentSpec, node_id: str, slurm: SlurmClient) -> None:
         self._spec = spec

@@ -55,11 +55,7 @@ class AgentSpec(NamedTuple):
 
 
 def read_spec(text: str) -> AgentSpec:
-    """Return the spec that the batch script hands over.
-
-    Raises:
-        ValueError: It is from another version of this package.
-    """
+    """Return the spec that the batch script hands over."""
     value = json.loads(text)
     unknown = set(value) - set(AgentSpec._fields)
     if unknown:

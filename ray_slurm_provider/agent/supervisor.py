@@ -85,12 +85,7 @@ class StartError(Exception):
 
 
 class Supervisor:
-    """The life of one Ray node.
-
-    Args:
-        spec: What the node shall be.
-        environ: The job's environment.
-    """
+    """The life of one Ray node."""
 
     def __init__(self, spec: AgentSpec, environ: Mapping[str, str]) -> None:
         self._spec = spec

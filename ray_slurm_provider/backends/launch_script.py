@@ -34,16 +34,7 @@ def new_certificate(launch: Launch, token: str = "") -> BirthCertificate:
 
 
 def job_spec(launch: Launch, certificate: BirthCertificate, count: int = 1) -> JobSpec:
-    """Return what the script of this launch says.
-
-    Args:
-        launch: The launch.
-        certificate: The birth certificate of its jobs.
-        count: How many jobs; more than one are an array.
-
-    Raises:
-        ConfigError: The names are too long for a job's comment.
-    """
+    """Return what the script of this launch says."""
     settings, resolved = launch.settings, launch.config.resolved or ResolvedNode()
     _check_rules(launch)
     python = settings.python or ("" if resolved.steps else settings.default_python or "")
@@ -84,11 +75,7 @@ def _check_rules(launch: Launch) -> None:
 
 
 def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
-    """Return the certificate as a job's comment.
-
-    Raises:
-        ConfigError: The names are too long for one.
-    """
+    """Return the certificate as a job's comment."""
     try:
         return certificate.text()
     except ValueError as error:

@@ -38,12 +38,7 @@ _END_S = 30.0
 
 
 class LoginProcess:
-    """The one head of a cluster on a login node.
-
-    Args:
-        directory: The cluster's directory.
-        cluster: The cluster's name.
-    """
+    """The one head of a cluster on a login node."""
 
     def __init__(self, directory: ClusterDir, cluster: str) -> None:
         self._directory = directory
@@ -138,11 +133,7 @@ class LoginProcess:
         return self._last
 
     def _find_again(self) -> LoginHead | None:
-        """Return the head whose record was lost, by the process that its node id names.
-
-        Raises:
-            StateError: It may run on another host.
-        """
+        """Return the head whose record was lost, by the process that its node id names."""
         node_id = self._directory.last_login_head()
         match = _NODE_ID.fullmatch(node_id)
         if match is None:

@@ -10,12 +10,7 @@ from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 
 
 class Places:
-    """SLURM, and the login node for a head.
-
-    Args:
-        jobs: The cluster's jobs.
-        login: The cluster's head on a login node.
-    """
+    """SLURM, and the login node for a head."""
 
     def __init__(self, jobs: SlurmJobs, login: LoginProcess) -> None:
         self._jobs = jobs

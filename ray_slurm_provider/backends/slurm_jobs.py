@@ -18,14 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class SlurmJobs:
-    """The jobs of one cluster.
-
-    Args:
-        client: The way to SLURM.
-        cluster: The cluster's name.
-        home: Fingerprint of the cluster's directory.
-        births: Certificates of jobs whose comment does not hold them.
-    """
+    """The jobs of one cluster."""
 
     def __init__(self, client: SlurmClient, cluster: str, home: str, births: BirthRecords) -> None:
         self._client = client
@@ -39,11 +32,7 @@ class SlurmJobs:
         return [seen for row in self._client.jobs() for seen in self._of_row(row)]
 
     def batch_size(self, launch: Launch) -> int:
-        """Return how many elements an array of such jobs may have.
-
-        Raises:
-            SlurmError: SLURM does not say.
-        """
+        """Return how many elements an array of such jobs may have."""
         if not launch.head or not launch.settings.job_arrays:
             return 1
         if self._largest_array is None:

@@ -81,11 +81,7 @@ _LOGIN_NODE_HEAD = TypeProposal(HEAD, "a process on the host where `ray up` is t
 
 
 def propose(survey: Survey, wishes: Wishes) -> Proposal:
-    """Return node types for a site: one for each kind of nodes in each partition.
-
-    Raises:
-        DeployError: The site has nothing that fits.
-    """
+    """Return node types for a site: one for each kind of nodes in each partition."""
     partitions = _chosen(survey, wishes)
     notes = [f"partition {p.name} is left out: {p.closed}" for p in survey.partitions if p.closed]
     if wishes.time_s is not None and all(_limited(wishes.time_s, p) < wishes.time_s for p in partitions):

@@ -76,11 +76,7 @@ def usual_account(environ: Mapping[str, str]) -> str:
 
 
 def take_survey(slurm: SlurmClient) -> Survey:
-    """Ask SLURM what there is.
-
-    Raises:
-        SlurmError: It does not answer.
-    """
+    """Ask SLURM what there is."""
     config = slurm.configuration()
     nodes = slurm.nodes()
     person = _person(slurm)

@@ -121,11 +121,7 @@ def usual_spec(
     memory: str = "4G",
     gpu_type: str = "a100",
 ) -> SandboxSpec:
-    """Return a sandbox with the partitions ``cpu`` and ``gpu``, of those that have nodes.
-
-    Raises:
-        ValueError: A number makes no sense.
-    """
+    """Return a sandbox with the partitions ``cpu`` and ``gpu``, of those that have nodes."""
     kinds: list[tuple[str, str, int, dict[str, Any]]] = [
         ("c", "cpu", nodes, {}),
         ("g", "gpu", gpu_nodes, {"gpus": gpus_per_node, "gpu_type": gpu_type}),
@@ -148,11 +144,7 @@ def usual_spec(
 
 
 def read_layout(value: Any) -> SandboxSpec:
-    """Return the sandbox that a layout file describes.
-
-    Raises:
-        ValueError: It holds a mistake.
-    """
+    """Return the sandbox that a layout file describes."""
     if isinstance(value, dict) and "isolated" in value:
         raise ValueError(f"isolated: {REHEARSAL}")
     spec = SandboxSpec.model_validate(value)

@@ -75,20 +75,12 @@ class Sandbox:
         return self.paths.record.exists()
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that a shell needs to use this SLURM.
-
-        Raises:
-            SandboxError: There is no sandbox here.
-        """
+        """Return the variables that a shell needs to use this SLURM."""
         self._require()
         return {"SLURM_CONF": str(self.paths.slurm_conf)}
 
     def up(self, spec: SandboxSpec) -> None:
-        """Start it, and return when every node is idle.
-
-        Raises:
-            SandboxError: It cannot be started; whatever was started is gone again.
-        """
+        """Start it, and return when every node is idle."""
         _check_tools()
         self._make_root()
         try:
@@ -108,11 +100,7 @@ class Sandbox:
         self._remove()
 
     def status(self) -> SandboxStatus:
-        """Return what is alive.
-
-        Raises:
-            SandboxError: There is no sandbox here.
-        """
+        """Return what is alive."""
         nodes = self.nodes()
         munged = self._runs("munged")
         # Without munge the question alone takes 20 s.
@@ -124,11 +112,7 @@ class Sandbox:
         return SandboxStatus(answers, munged, found)
 
     def nodes(self) -> dict[str, VirtualNode]:
-        """Return the nodes by name.
-
-        Raises:
-            SandboxError: There is no sandbox here.
-        """
+        """Return the nodes by name."""
         record = self._require()
         return {node.name: node for node in self.virtual_nodes(read_layout(record["spec"]), record["port"])}
 
@@ -159,11 +143,7 @@ class Sandbox:
         )
 
     def start_controller(self, option: str = "-i") -> None:
-        """Start slurmctld, and return when it answers.
-
-        Raises:
-            SandboxError: It does not.
-        """
+        """Start slurmctld, and return when it answers."""
         self._daemon("slurmctld", option, prefix=self.prefix())
         # slurmctld goes to the background before it can still fail: ask it.
         if not procfs.wait_until(self._client().answers, _STARTUP_TIMEOUT_S):

@@ -45,9 +45,6 @@ class SlurmClient:
     """Asks SLURM, through its command line tools.
 
     Every method raises `SlurmUnavailable` when nobody answered: then nothing is known.
-
-    Args:
-        tools: Where the tools are and how long they may take.
     """
 
     def __init__(self, tools: SlurmTools | None = None) -> None:
@@ -83,11 +80,7 @@ class SlurmClient:
             raise SlurmParseError(done.argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
 
     def test_submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
-        """Return when and where a job could start, in sbatch's words; nothing is submitted (``--test-only``).
-
-        Raises:
-            SubmitRejected: SLURM says no.
-        """
+        """Return when and where a job could start, in sbatch's words; nothing is submitted (``--test-only``)."""
         done = self._sbatch("--test-only", script, environ)
         lines = (done.stderr + done.stdout).splitlines()
         said = next((line for line in lines if "to start at" in line), "sbatch takes it")
@@ -121,11 +114,7 @@ class SlurmClient:
         return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
 
     def associations(self, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return accounts and QOS of a user by the accounting database, the default account first.
-
-        Raises:
-            SlurmError: There is no database, or it does not answer.
-        """
+        """Return accounts and QOS of a user by the accounting database, the default account first."""
         ask = ["sacctmgr", "--noheader", "--parsable2", "show"]
         default = self.tools.run([*ask, "user", user, "format=DefaultAccount"]).stdout.split()
         rows = self.tools.run([*ask, "assoc", "where", f"user={user}", "format=Account,QOS"]).stdout.splitlines()

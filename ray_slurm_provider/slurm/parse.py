@@ -67,11 +67,7 @@ def _known(word: str) -> str:
 
 
 def parse_submitted(text: str) -> str:
-    """Return the job id from ``sbatch --parsable``; sites print banners before it.
-
-    Raises:
-        ValueError: No line is a job id.
-    """
+    """Return the job id from ``sbatch --parsable``; sites print banners before it."""
     for line in reversed(text.splitlines()):
         match = _PARSABLE_ID.match(line.strip())
         if match:
@@ -95,11 +91,7 @@ def parse_config(text: str) -> dict[str, str]:
 
 
 def parse_job_end(text: str) -> JobEnd:
-    """Read the end of a job from ``scontrol show job -o``.
-
-    Raises:
-        ValueError: There is no JobState in it.
-    """
+    """Read the end of a job from ``scontrol show job -o``."""
     pairs = parse_show(text)
     if "JobState" not in pairs:
         raise ValueError("there is no JobState")
@@ -113,11 +105,7 @@ def parse_job_end(text: str) -> JobEnd:
 
 
 def parse_mem_mib(text: str | int) -> int:
-    """Return MiB of an sbatch memory size (``4G``, ``512M``, ``2048``; the default unit is M, sbatch(1) --mem).
-
-    Raises:
-        ValueError: It is not a memory size.
-    """
+    """Return MiB of an sbatch memory size (``4G``, ``512M``, ``2048``; the default unit is M, sbatch(1) --mem)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", str(text).strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a memory size")
@@ -129,9 +117,6 @@ def parse_time_s(text: str) -> int | None:
 
     The forms of sbatch(1) --time: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``,
     ``days-hours``, ``days-hours:minutes``, ``days-hours:minutes:seconds``.
-
-    Raises:
-        ValueError: It is none of them.
     """
     text = text.strip()
     if text.upper() in {"UNLIMITED", "INFINITE"}:
@@ -159,14 +144,8 @@ def format_time(seconds: int) -> str:
 def parse_gpus(text: str | int) -> tuple[int, str]:
     """Return count and type of a GPU request: ``2``, ``a100``, ``a100:2``, ``a100:1,v100:1``.
 
-    Args:
-        text: The value of --gpus, --gpus-per-node or --gpus-per-task.
-
     Returns:
         The number of GPUs, and their type or "" when it is not given or differs.
-
-    Raises:
-        ValueError: It is no GPU request.
     """
     count, types = 0, set()
     for part in str(text).split(","):
@@ -181,11 +160,7 @@ def parse_gpus(text: str | int) -> tuple[int, str]:
 
 
 def parse_gres(text: str) -> dict[str, tuple[int, str]]:
-    """Return what a --gres value asks for: ``gpu:a100:4,shard:2`` is ``{"gpu": (4, "a100"), "shard": (2, "")}``.
-
-    Raises:
-        ValueError: It is not a gres list.
-    """
+    """Return what a --gres value asks for: ``gpu:a100:4,shard:2`` is ``{"gpu": (4, "a100"), "shard": (2, "")}``."""
     result: dict[str, tuple[int, str]] = {}
     for part in text.split(","):
         match = re.fullmatch(
