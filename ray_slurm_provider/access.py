@@ -27,7 +27,6 @@ _CONNECT_S = 3.0
 
 
 def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str]:
-    """Return the variables that a shell needs to use a cluster."""
     report = ready_head_report(cluster)
     return {
         "RAY_ADDRESS": report.client_address if client else report.gcs_address,
@@ -54,7 +53,6 @@ def _refuses(head: NodeReport) -> bool:
 
 
 def _tls_variables(cluster: Cluster) -> dict[str, str]:
-    """Return the variables with which this host takes part in the cluster's TLS."""
     if not cluster.settings.tls:
         return {}
     authority = cluster.directory.tls

@@ -138,7 +138,6 @@ class Backoff:
         return LaunchDelayed(record.category, f"{told}; the next try is in {left:.0f} s. The last one: {record.reason}")
 
     def avoided(self, now: float) -> list[str]:
-        """Return the SLURM nodes on which nothing shall start now."""
         return sorted(host for host, record in self.hosts.items() if 0 < record.until - now <= HOST_AVOIDED_S)
 
     def summary(self, now: float) -> list[str]:
@@ -155,7 +154,6 @@ class Backoff:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as JSON."""
         return asdict(self)
 
 

@@ -52,7 +52,6 @@ class JobSpec:
 
 
 def render(spec: JobSpec) -> str:
-    """Return the batch script of a job."""
     directives = [_directive(name, value) for name, value in sorted(directive_values(spec).items())]
     directives += [f"#SBATCH {directive.strip()}" for directive in spec.extra]
     # Whether Ray's nodes are elements of an array is nobody's business in their tasks.
@@ -92,7 +91,6 @@ def _body(spec: JobSpec) -> list[str]:
 
 
 def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
-    """Return every directive by sbatch's long name."""
     number = "%A" if spec.count == 1 else "%A_%a"
     log = str(spec.cluster_dir / "logs").replace("%", "%%") + f"/{number}-{spec.token}.log"
     ours: dict[str, bool | int | str] = {
@@ -115,13 +113,11 @@ def directive_values(spec: JobSpec) -> dict[str, bool | int | str]:
 
 
 def log_path(cluster_dir: Path, node_id: str) -> Path:
-    """Return where the job of a node writes."""
     return cluster_dir / "logs" / f"{node_id}.log"
 
 
 @cache
 def static_part() -> str:
-    """Return the part that is the same in every job."""
     return resources.files("ray_slurm_provider").joinpath("scripts/job.sh").read_text(encoding="utf-8")
 
 

@@ -49,7 +49,6 @@ class BirthCertificate(NamedTuple):
         return text
 
     def node_id(self, job_id: str) -> str:
-        """Return the id of the Ray node that this job is."""
         return f"{job_id}-{self.token}"
 
 
@@ -85,10 +84,8 @@ def _read_common(text: str) -> BirthCertificate | None:
 
 
 def new_token() -> str:
-    """Return a token for one submission."""
     return random_name(_TOKEN_LENGTH)
 
 
 def job_id_of(node_id: str) -> str:
-    """Return the SLURM job id in a node id."""
     return node_id.rpartition("-")[0]

@@ -23,12 +23,10 @@ class BirthRecords:
         self._known: dict[str, BirthCertificate] = {}
 
     def save(self, certificate: BirthCertificate) -> None:
-        """Write down a job that is about to be submitted."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         write_atomically(self._path(certificate.token), certificate.text())
 
     def forget(self, certificate: BirthCertificate) -> None:
-        """Remove the record of a job that was not submitted."""
         self._path(certificate.token).unlink(missing_ok=True)
 
     def of_job(self, job_name: str) -> BirthCertificate | None:

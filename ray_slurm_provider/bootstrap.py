@@ -130,7 +130,6 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_file(path: Path) -> dict[str, Any]:
-    """Return the configuration that `ray up` would work with."""
     return resolve_written(load(path))
 
 
@@ -146,7 +145,6 @@ def resolve_written(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def script(path: Path, node_type: str) -> str:
-    """Return the batch script of a node type of a YAML."""
     config = resolve_file(path)
     types = config["available_node_types"]
     if node_type not in types:

@@ -69,7 +69,6 @@ class Cluster:
         self._launcher = WorkerLauncher(self, self._environ, clock)
 
     def slurm_client(self) -> SlurmClient:
-        """Return a way to SLURM with this cluster's settings."""
         settings = self.settings
         return SlurmClient(
             SlurmTools(settings.slurm_bin or "", settings.command_timeout_s, self._environ, settings.clusters or "")
@@ -101,11 +100,9 @@ class Cluster:
         return found if found is not None else self.node(node_id)
 
     def is_alive(self, node_id: str) -> bool:
-        """Tell whether a node waits or runs."""
         return node_id in self.nodes()
 
     def head(self) -> Node | None:
-        """Return the living head, None when there is none."""
         return next((node for node in self.nodes().values() if node.is_head and node.seen.alive), None)
 
     def lost_directory(self) -> str:
@@ -120,7 +117,6 @@ class Cluster:
         )
 
     def log_of(self, node_id: str) -> Path:
-        """Return where the job of a node writes."""
         return log_path(self.directory.root, node_id)
 
     def obituary(self, node_id: str) -> str:
@@ -136,7 +132,6 @@ class Cluster:
         return "\n".join(lines + [f"  | {line}" for line in log_tail(self.log_of(node_id))])
 
     def forget_listing(self) -> None:
-        """Ask anew at the next question."""
         with self._lock:
             self._listing.invalidate()
 
@@ -173,11 +168,9 @@ class Cluster:
         return self._launcher.create(node_type, config, tags, count)
 
     def launch_deferred(self) -> None:
-        """Launch what was asked for before and could not be launched then."""
         self._launcher.launch_deferred()
 
     def preview(self, node_type: str, config: NodeConfig, *, head: bool) -> str:
-        """Return the batch script of a node without submitting it."""
         launch = self.launch(node_type, config, {TAG_TYPE: node_type}, {})
         if not head:
             launch = replace(launch, head="HEAD", gcs_address="HEAD_ADDRESS:PORT")
@@ -202,7 +195,6 @@ class Cluster:
         )
 
     def batch_size(self, launch: Launch) -> int:
-        """Return how many nodes of a launch may be created at once."""
         return self._backend.batch_size(launch)
 
     def create(self, launch: Launch, count: int = 1) -> list[str]:
@@ -247,7 +239,6 @@ class Cluster:
             self._listing.invalidate_view()
 
     def let_head_start(self, node_id: str, *, usage_stats: bool) -> None:
-        """Tell the head's job that everything it needs is in place."""
         self.directory.let_head_start(node_id.rpartition("-")[2], usage_stats=usage_stats)
 
     def clean_up(self) -> None:
@@ -303,7 +294,6 @@ class Cluster:
 
     @property
     def _is_autoscaler(self) -> bool:
-        """Whether this process is a head's, and so the one that launches workers."""
         return bool(self._environ.get(GCS_ADDRESS_VARIABLE))
 
     def _note_end(self, node: Node) -> None:

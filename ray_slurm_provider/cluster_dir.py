@@ -89,22 +89,18 @@ class ClusterDir:
 
     @property
     def bootstrap_config(self) -> Path:
-        """Where Ray's autoscaler reads its configuration."""
         return self.root / BOOTSTRAP_CONFIG
 
     @property
     def births(self) -> Path:
-        """Where birth certificates are that no comment holds."""
         return self.root / "births"
 
     @property
     def token_file(self) -> Path:
-        """Ray's token."""
         return self.root / "auth_token"
 
     @property
     def tls(self) -> Path:
-        """The cluster's certificates."""
         return self.root / "tls"
 
     @property
@@ -117,7 +113,6 @@ class ClusterDir:
 
     @property
     def exists(self) -> bool:
-        """Whether the directory is there."""
         return self.root.is_dir()
 
     @property
@@ -222,15 +217,12 @@ class ClusterDir:
             lock.release()
 
     def report(self, node_id: str) -> NodeReport | None:
-        """Return what a node says of itself."""
         return read_report(self.reports.report(node_id))
 
     def head_report(self) -> NodeReport | None:
-        """Return what the head says of itself."""
         return read_report(self.reports.head)
 
     def login_head(self) -> LoginHead | None:
-        """Return which process the head on the login node is, None when there is no record."""
         value = read_json_object(self._login_head)
         try:
             return None if value is None else LoginHead(**{**value, "pid": int(value["pid"])})
@@ -251,11 +243,9 @@ class ClusterDir:
         return "" if last is None else wrote[last]
 
     def save_login_head(self, head: LoginHead) -> None:
-        """Keep which process the head on the login node is."""
         write_json(self._login_head, asdict(head))
 
     def write_script(self, token: str, text: str) -> Path:
-        """Write the script of a head on the login node and return its path."""
         path = self.reports.nodes / f"{token}.sh"
         write_atomically(path, text)
         return path
@@ -266,7 +256,6 @@ class ClusterDir:
             self.reports.stop(node_id).touch(mode=0o600)
 
     def reason(self, node_id: str) -> str:
-        """Return why a node did not come up, "" when nobody wrote that."""
         return read_reason(self.reports.reason(node_id))
 
     def head_node_config(self) -> dict[str, Any] | None:
@@ -276,7 +265,6 @@ class ClusterDir:
         return found if isinstance(found, dict) else None
 
     def max_workers(self) -> int | None:
-        """Return how many workers the autoscaler may have, None when nothing is known of it."""
         found = self._autoscaler_config().get("max_workers")
         return found if isinstance(found, int) else None
 
@@ -288,19 +276,15 @@ class ClusterDir:
         return config if isinstance(config, dict) else {}
 
     def write_bootstrap_config(self, source: Path) -> None:
-        """Replace what Ray's autoscaler reads by the content of a file."""
         write_atomically(self.bootstrap_config, source.read_text(encoding="utf-8"))
 
     def let_head_start(self, token: str, *, usage_stats: bool) -> None:
-        """Tell the head's job that everything it needs is in place."""
         write_json(self.reports.go(token), {"usage_stats": usage_stats, "max_workers": self.max_workers()})
 
     def save_environment(self, environ: Mapping[str, str]) -> None:
-        """Keep the environment of `ray up` for the workers' jobs."""
         write_atomically(self.root / "submit_env.json", json.dumps(dict(environ), sort_keys=True))
 
     def environment(self) -> dict[str, str] | None:
-        """Return the environment of `ray up`, None when it is lost."""
         value = read_json_object(self.root / "submit_env.json")
         return None if value is None else {str(name): str(text) for name, text in value.items()}
 
@@ -310,7 +294,6 @@ class ClusterDir:
         return (self.root / "stopping").exists()
 
     def set_stopping(self, stopping: bool) -> None:
-        """Begin or end the taking down."""
         if stopping and self.exists:
             with suppress(FileNotFoundError):
                 (self.root / "stopping").touch(mode=0o600)

@@ -14,7 +14,6 @@ from ray_slurm_provider.site_file import read_site
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -54,7 +54,6 @@ class FoundCluster:
 
 
 def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
-    """Return every cluster of this user, as `collect_clusters` finds them."""
     found = collect_clusters(client, state_dir)
     return [_row(name, found[name, home]) for name, home in sorted(found)]
 
@@ -89,7 +88,6 @@ def _directories_in(state_dir: Path) -> Iterator[Path]:
 
 
 def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None:
-    """Return the directory that a job writes its log into."""
     log = Path(client.job_facts(job.job_id).get("StdOut", ""))
     root = log.parent.parent
     return ClusterDir(root.parent, name) if root.name == name else None

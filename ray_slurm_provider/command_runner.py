@@ -128,11 +128,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
         copy(there, target, _sync_options(options))
 
     def remote_shell_command_str(self) -> str:
-        """Return what a person types for a shell on the node."""
         return shlex.join(self._shell().command("exec bash -l", terminal=True))
 
     def run_init(self, *, as_head: bool, file_mounts: dict[str, str], sync_run_yet: bool) -> bool | None:  # noqa: ARG002
-        """Nothing to initialise."""
         return None
 
     def _start_head(self, variables: dict[str, object]) -> None:
@@ -185,7 +183,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
         return output
 
     def _shell(self) -> Shell:
-        """Return the way to the node."""
         settings, directory = self._cluster.settings, self._cluster.directory
         exports, report = directory.reports.environment(self._node_id), directory.report(self._node_id)
         if report is None or not exports.exists():
@@ -211,7 +208,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
         return self._node_id.startswith(PREFIX) and self._cluster.last_seen(self._node_id).seen.place == host_name()
 
     def _sees_the_same(self, path: str) -> bool:
-        """Tell whether the node sees a path of this host."""
         return self._on_this_host() or is_shared(path, self._cluster.directory.root.parent)
 
     def _not_shared(self, path: str, command: str) -> click.ClickException:
@@ -247,7 +243,6 @@ class SlurmCommandRunner(CommandRunnerInterface):
             raise click.ClickException(f"the port cannot be forwarded: {error.strerror or error}") from error
 
     def _listening_address(self, report: NodeReport, port: str) -> str:
-        """Return where a port of the node can be reached from here."""
         if port != "dashboard" or self._cluster.settings.token_auth:
             return report.address
         if report.host != socket.gethostname():

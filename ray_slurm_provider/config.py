@@ -159,7 +159,6 @@ class SlurmSettings(Section):
     """What the site allows; filled in by the provider, never by hand."""
 
     def directory(self) -> Path:
-        """Return state_dir with ``~`` and variables expanded."""
         path = expanded(self.state_dir)
         if not os.path.isabs(path):  # noqa: PTH117
             raise ConfigError(
@@ -182,7 +181,6 @@ Model = TypeVar("Model", bound=Section)
 
 
 def read_settings(section: Any, path: str = "provider.slurm") -> SlurmSettings:
-    """Return ``provider.slurm`` as a model."""
     _refuse_protected_options(section, path)
     settings = read_section(SlurmSettings, {} if section is None else section, path)
     settings.directory()
@@ -227,7 +225,6 @@ def _check_ports(ports: Ports) -> None:
 
 
 def read_node_config(section: Any, path: str) -> NodeConfig:
-    """Return a ``node_config`` as a model."""
     _refuse_protected_options(section, path)
     config = read_section(NodeConfig, {} if section is None else section, path)
     _check_directives(config, path)
@@ -250,7 +247,6 @@ def read_node_config(section: Any, path: str) -> NodeConfig:
 
 
 def check_cluster_name(name: Any) -> str:
-    """Return the cluster's name."""
     if not isinstance(name, str) or not _CLUSTER_NAME.fullmatch(name):
         raise ConfigError(
             "cluster_name",
@@ -273,7 +269,6 @@ def _refuse_protected(key: str, path: str) -> None:
 
 
 def read_section(model: type[Model], section: Any, path: str) -> Model:
-    """Return a section of a YAML as a model."""
     if not isinstance(section, dict):
         raise ConfigError(path, f"is {_kind(section)}", "a mapping of keys to values")
     try:

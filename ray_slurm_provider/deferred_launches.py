@@ -35,7 +35,6 @@ class LaunchRequest:
 
     @property
     def missing(self) -> int:
-        """How many are not submitted yet."""
         return self.count - len(self.made)
 
 
@@ -57,7 +56,6 @@ class DeferredLaunches:
         return not known and error.launch_category not in _PASSING
 
     def launched(self, node_type: str) -> None:
-        """Note that nodes of a type could be launched."""
         self._told.pop(node_type, None)
 
     def defer(self, request: LaunchRequest) -> None:

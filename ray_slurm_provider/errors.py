@@ -96,7 +96,6 @@ class SlurmError(SlurmProviderError):
 
     @property
     def launch_category(self) -> str:
-        """Return a word for Ray."""
         return "slurm-unavailable"
 
     @property
@@ -166,7 +165,6 @@ class LaunchDelayed(SlurmProviderError):
 
     @property
     def launch_category(self) -> str:
-        """Return a word for Ray."""
         return self.category
 
 

@@ -37,7 +37,6 @@ def random_name(length: int) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a JSON value, as `write_atomically` does."""
     write_atomically(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 

@@ -33,7 +33,6 @@ class Garbage:
         return bool(self.jobs or self.directories or self.temp_dirs)
 
     def lines(self) -> list[str]:
-        """Return a line for each thing."""
         return [
             *(f"job {job_id}: {what}" for job_id, what in self.jobs.items()),
             *(f"directory {directory.root}: nothing of the cluster runs" for directory in self.directories),

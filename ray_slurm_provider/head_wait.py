@@ -59,7 +59,6 @@ def wait_for_head(
 
 
 def _ask(cluster: Cluster, node_id: str, trouble: Callable[[SlurmError], None]) -> Node | None:
-    """Return the head, None when SLURM does not answer."""
     try:
         node = cluster.nodes().get(node_id)
     except SlurmNotFound:

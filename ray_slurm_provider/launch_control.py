@@ -68,20 +68,16 @@ class LaunchControl:
             self._backoff = backoff
 
     def delay_reason(self, node_type: str) -> LaunchDelayed | None:
-        """Return why nothing of this type is submitted now, None when nothing speaks against it."""
         return self._backoff.delay_reason(node_type, self._wall_clock())
 
     def avoided(self) -> list[str]:
-        """Return the SLURM nodes on which nothing shall start now."""
         return self._backoff.avoided(self._wall_clock())
 
     def launched(self, node_ids: Iterable[str]) -> None:
-        """Note that nodes were submitted."""
         now = self._wall_clock()
         self._workers.update((node_id, _Worker(submitted_at=now)) for node_id in node_ids)
 
     def refused(self, node_type: str, reason: str, category: str) -> None:
-        """Note that SLURM does not take a job, or would never start it."""
         now = self._wall_clock()
         self._change(lambda backoff: backoff.refused(node_type, reason, now, category))
 
@@ -127,7 +123,6 @@ class LaunchControl:
         return failed
 
     def summary(self) -> list[str]:
-        """Return for people which types are not launched now, and which hosts are avoided."""
         return self._backoff.summary(self._wall_clock())
 
     def resume(self, node_type: str = "") -> list[str]:

@@ -68,7 +68,6 @@ class Listing:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to look."""
         return self._clock() - self._looked_at > _LOOK_S
 
     def invalidate_view(self) -> None:
@@ -85,16 +84,13 @@ class Listing:
         self._unlisted.update(dict.fromkeys(node_ids, launch))
 
     def stop_expecting(self, node_ids: Iterable[str]) -> None:
-        """Expect nodes no more that were submitted."""
         for node_id in node_ids:
             self._unlisted.pop(node_id, None)
 
     def cancelled(self, node_ids: Iterable[str]) -> None:
-        """Expect nodes to end."""
         self._ending |= self.nodes.keys() & set(node_ids)
 
     def look(self, tags: Mapping[str, Mapping[str, str]]) -> None:
-        """Bring the nodes up to date."""
         now = self._clock()
         news = self._reports.has_news()
         if news:

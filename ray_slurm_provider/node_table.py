@@ -132,7 +132,6 @@ def _table(rows: Sequence[NodeRow]) -> Table:
 
 
 def print_clusters(rows: Sequence[ClusterRow]) -> None:
-    """Print the table of this user's clusters."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "state", "head", "workers", "queued", "address"):
         table.add_column(column.upper(), no_wrap=True)

@@ -28,12 +28,10 @@ class Node(NamedTuple):
 
     @property
     def is_head(self) -> bool:
-        """Whether it is a head."""
         return self.tags.get(TAG_KIND) == KIND_HEAD
 
     @property
     def ready(self) -> bool:
-        """Whether Ray runs there."""
         return self.report is not None and self.report.phase == READY
 
     @property
@@ -48,7 +46,6 @@ class Node(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What it is, for a person."""
         return f"process {self.node_id}" if self.node_id.startswith(PREFIX) else f"job {self.node_id}"
 
     @property

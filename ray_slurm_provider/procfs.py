@@ -76,7 +76,6 @@ def alive(process: Process) -> bool:
 
 
 def send(processes_: Iterable[Process], number: signal.Signals) -> None:
-    """Send a signal to those that are still there."""
     for process in processes_:
         if alive(process):
             with contextlib.suppress(ProcessLookupError, PermissionError):

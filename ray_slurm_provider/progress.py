@@ -30,7 +30,6 @@ class HeadProgress:
         self._status: Status | None = None
 
     def __enter__(self) -> Self:
-        """Begin; name the log."""
         self._console.print(f"log: {self._log}", markup=False)
         self._console.print("Ctrl-C leaves the head where it is; `ray up` finds it again.", markup=False)
         if self._console.is_terminal:
@@ -41,16 +40,13 @@ class HeadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the live line away."""
         if self._status is not None:
             self._status.stop()
 
     def tell(self, node: Node) -> None:
-        """Show how the node stands."""
         self._show(describe(node))
 
     def trouble(self, error: SlurmError) -> None:
-        """Show that SLURM does not answer."""
         self._show(f"SLURM does not answer, trying again: {error.complaint}")
 
     def _show(self, text: str) -> None:

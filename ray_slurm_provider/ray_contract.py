@@ -103,7 +103,6 @@ def accelerator_names() -> list[str]:
 
 
 def cluster_schema() -> dict[str, Any]:
-    """Return Ray's own JSON Schema of a cluster YAML."""
     path = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
     schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return schema

@@ -43,13 +43,11 @@ class NodeReport(NamedTuple):
 
     @property
     def client_address(self) -> str:
-        """Return what RAY_ADDRESS holds for Ray Client, "" when this is no head."""
         address = self._at("client")
         return f"ray://{address}" if address else ""
 
     @property
     def dashboard_url(self) -> str:
-        """Return where the dashboard is, "" when this is no head."""
         address = self._at("dashboard")
         return f"http://{address}" if address else ""
 
@@ -65,7 +63,6 @@ class ReportPaths(NamedTuple):
 
     @property
     def nodes(self) -> Path:
-        """The directory of all reports."""
         return self.root / "nodes"
 
     @property
@@ -74,7 +71,6 @@ class ReportPaths(NamedTuple):
         return self.nodes, self.root / "logs", self.root / "auth_token"
 
     def report(self, node_id: str) -> Path:
-        """The report of a node."""
         return self.nodes / f"{node_id}.json"
 
     def reason(self, node_id: str) -> Path:
@@ -95,7 +91,6 @@ class ReportPaths(NamedTuple):
 
     @property
     def head(self) -> Path:
-        """The report of the head, under a fixed name."""
         return self.root / "head.json"
 
     def environment(self, node_id: str) -> Path:
@@ -113,13 +108,11 @@ def write_report(paths: ReportPaths, report: NodeReport, *, head: bool) -> None:
 
 
 def read_report(path: Path) -> NodeReport | None:
-    """Return the report in a file, None when there is none that can be read."""
     value = read_json_object(path)
     return None if value is None else _from_json(value)
 
 
 def read_reason(path: Path) -> str:
-    """Return why a node did not come up, "" when nobody wrote that."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -73,7 +73,6 @@ def on_login_node(written: Mapping[str, Any], path: str) -> dict[str, int]:
 
 
 def gpu_request(options: SbatchOptions) -> tuple[int, str]:
-    """Return how many GPUs a job asks for, and their type or ""."""
     for value in (options.gpus_per_node, options.gpus, options.gpus_per_task):
         if value is not None:
             return parse.parse_gpus(value)
@@ -83,7 +82,6 @@ def gpu_request(options: SbatchOptions) -> tuple[int, str]:
 
 
 def memory_mib(options: SbatchOptions, cpus: int, gpus: int) -> int:
-    """Return the job's memory in MiB, 0 when the options do not say."""
     if options.mem is not None:
         return parse.parse_mem_mib(options.mem)
     if options.mem_per_cpu is not None:

@@ -202,7 +202,6 @@ class SbatchOptions(Section):
     """Workload characterisation key."""
 
     def chosen(self) -> dict[str, bool | int | str]:
-        """Return the options that are set, by field name."""
         return {name: value for name, value in self if value is not None}
 
 

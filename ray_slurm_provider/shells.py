@@ -38,7 +38,6 @@ class LocalShell:
     exports: Path  # file of the exports to begin with
 
     def command(self, text: str, *, terminal: bool) -> list[str]:  # noqa: ARG002 it has the terminal that we have
-        """See `Shell`."""
         return ["bash", "-c", _with_exports(self.exports, text)]
 
     def interrupted(self) -> None:
@@ -55,7 +54,6 @@ class SrunShell:
     cluster: str = ""  # SLURM's name of the cluster, where the tools speak to several; "" for their own
 
     def command(self, text: str, *, terminal: bool) -> list[str]:
-        """See `Shell`."""
         # Unless told otherwise, slurmstepd keeps bytes that end no line (measured, 22.05).
         option = "--pty" if terminal else "--unbuffered"
         return [*self._step(), option, "bash", "-c", _with_exports(self.exports, text)]
@@ -86,7 +84,6 @@ class SshShell:
     _token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def command(self, text: str, *, terminal: bool) -> list[str]:
-        """See `Shell`."""
         note = f"ps -o pgid= -p $$ >{self._note()}; " if not terminal else ""
         remote = f"bash -c {shlex.quote(note + _with_exports(self.exports, text))}"
         return ["ssh", "-tt" if terminal else "-T", *self.arguments, remote]
@@ -105,7 +102,6 @@ class SshShell:
 
 
 def ssh_arguments(host: str, auth: dict[str, str], further: Sequence[str]) -> list[str]:
-    """Return the arguments of ssh for a host."""
     result = list(further)
     if auth.get("ssh_private_key"):
         result += ["-i", os.path.expanduser(auth["ssh_private_key"])]  # noqa: PTH111 ssh takes a text

@@ -51,7 +51,6 @@ def find_site_file() -> Path | None:
 
 
 def site_file_to_write() -> Path:
-    """Return where an admin's site file goes."""
     named = os.environ.get(SITE_VARIABLE)
     if named:
         return Path(named).expanduser()

@@ -75,17 +75,14 @@ class SiteFile(Section):
     """Where it was read; filled in by the provider."""
 
     def refusal(self, path: str, problem: str, rule: str, allowed: str = "") -> SiteRuleError:
-        """Return the error for something that a rule of the site does not allow."""
         return SiteRuleError(path, problem, f"{rule} of {self.site} ({self.source})", allowed, self.contact)
 
     def check_nodes(self, count: int, path: str) -> None:
-        """Refuse more nodes than the site allows one cluster."""
         most = self.limits.max_nodes
         if most is not None and count > most:
             raise self.refusal(path, f"{count} nodes, the head included", "limits.max_nodes", f"at most {most}")
 
     def complete_settings(self, section: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``provider.slurm`` with what the site says."""
         defaults = self.defaults.slurm
         locked = {**{name: defaults.get(name) for name in _ALWAYS_LOCKED}, **self.locked.slurm}
         self._refuse_locked(section, locked, "provider.slurm", "locked.slurm")

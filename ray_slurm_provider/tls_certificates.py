@@ -19,7 +19,6 @@ _NAME_LENGTH = 64
 
 
 def new_authority(name: str) -> tuple[str, str]:
-    """Return the certificate and the key of a new authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
         _builder(name, key.public_key())

@@ -49,7 +49,6 @@ def yaml_schema() -> dict[str, Any]:
 
 
 def _section(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of one of our sections without what only the provider fills in."""
     schema = model.model_json_schema()
     definitions |= schema.pop("$defs", {})
     schema["properties"] = {name: value for name, value in schema["properties"].items() if not value.get("internal")}

@@ -12,7 +12,6 @@ from ray_slurm_provider.agent.supervisor import Supervisor
 
 
 def main() -> int:
-    """Run the node that the first argument describes; return the job's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     spec = read_spec(sys.argv[1])
     supervisor = Supervisor(spec, dict(os.environ))

@@ -42,7 +42,6 @@ STOP = "stop"  # there when the jobs shall go
 
 
 def report_path(root: Path, job_id: str) -> Path:
-    """Return where a job writes its report."""
     return root / f"{job_id}.found.json"
 
 
@@ -127,7 +126,6 @@ def is_locked(path: Path) -> bool:
 
 
 def main() -> int:
-    """Look around, tell, reach the others, and go."""
     spec = read_spec(sys.argv[1])
     root, file = spec.directory, report_path(spec.directory, os.environ["SLURM_JOB_ID"])
     lock_is_seen = is_locked(root / LOCK)

@@ -37,7 +37,6 @@ def check_host(temp_dir: str, resources: Mapping[str, int]) -> Iterator[Finding]
 
 
 def check_temp_dir(base: str) -> Finding:
-    """Make Ray's temporary directory as a node does, and remove it again."""
     try:
         made = temp_dirs.make_temp_dir(base)
         free_mib = shutil.disk_usage(made).free // MIB
@@ -73,7 +72,6 @@ def check_shared_memory(wanted_mib: int) -> Finding:
 
 
 def check_home() -> Finding:
-    """Tell whether the home directory can be written."""
     if os.access(Path.home(), os.W_OK):
         return Finding("home", OK, "can be written")
     advice = "the provider does not need it with state_dir elsewhere; what your tasks run may"

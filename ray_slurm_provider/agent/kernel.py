@@ -54,7 +54,6 @@ def give_memory_back() -> None:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -64,7 +63,6 @@ def _prctl(option: int, value: int) -> None:
 
 
 def reap() -> None:
-    """Let dead children go."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -145,7 +145,6 @@ class Line:
         return False
 
     def close(self) -> None:
-        """Let it go."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

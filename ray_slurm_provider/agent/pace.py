@@ -13,7 +13,6 @@ class Pace:
         self._next = 0.0
 
     def due(self) -> bool:
-        """Tell whether it is time."""
         now = time.monotonic()
         if now < self._next:
             return False

@@ -47,7 +47,6 @@ class Place:
         self._reserved = ports.reserve(names, self._spec.service_ports)
 
     def give_back(self) -> None:
-        """Give back what was taken."""
         if self._reserved is not None:
             self._reserved.release()
             self._reserved = None

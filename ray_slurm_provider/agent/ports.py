@@ -48,7 +48,6 @@ class Reservation:
         return True
 
     def release(self) -> None:
-        """Give the ports back."""
         for held in self._names:
             held.close()
         self._names.clear()

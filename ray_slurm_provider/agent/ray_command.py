@@ -84,7 +84,6 @@ _DRAIN_MARGIN_S = 10
 
 
 def start_command(spec: AgentSpec, address: str, ports: Mapping[str, int], temp_dir: str) -> list[str]:
-    """Return the argument list of ``ray start``."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     if spec.is_head:
         command += [

@@ -41,21 +41,17 @@ class AgentSpec(NamedTuple):
 
     @property
     def is_head(self) -> bool:
-        """Whether this node is the head."""
         return not self.head
 
     @property
     def directory(self) -> Path:
-        """The cluster's directory."""
         return Path(self.cluster_dir)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for the batch script."""
         return {**self._asdict(), "resources": dict(self.resources), "labels": dict(self.labels)}
 
 
 def read_spec(text: str) -> AgentSpec:
-    """Return the spec that the batch script hands over."""
     value = json.loads(text)
     unknown = set(value) - set(AgentSpec._fields)
     if unknown:

@@ -112,7 +112,6 @@ class Supervisor:
         self._restarting = False
 
     def run(self) -> int:
-        """Run the node to its end and return the job's exit code."""
         wakeup = kernel.watch_signals(self._signals)
         # The guard has blocked them until someone listens.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))

@@ -56,7 +56,6 @@ def excess_length(parent: str) -> int:
 
 
 def leave_temp_dir(path: Path) -> None:
-    """Remove what `make_temp_dir` has made."""
     shutil.rmtree(path.parent, ignore_errors=True)
 
 
@@ -66,7 +65,6 @@ def sweep_temp_dirs(base: str) -> list[Path]:
 
 
 def dead_temp_dirs(base: str) -> list[Path]:
-    """Return what killed jobs of this user left on this host."""
     return _where(_expanded(base), lambda note: not _lives(note))
 
 

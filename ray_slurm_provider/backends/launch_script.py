@@ -34,7 +34,6 @@ def new_certificate(launch: Launch, token: str = "") -> BirthCertificate:
 
 
 def job_spec(launch: Launch, certificate: BirthCertificate, count: int = 1) -> JobSpec:
-    """Return what the script of this launch says."""
     settings, resolved = launch.settings, launch.config.resolved or ResolvedNode()
     _check_rules(launch)
     python = settings.python or ("" if resolved.steps else settings.default_python or "")
@@ -75,7 +74,6 @@ def _check_rules(launch: Launch) -> None:
 
 
 def certificate_text(launch: Launch, certificate: BirthCertificate) -> str:
-    """Return the certificate as a job's comment."""
     try:
         return certificate.text()
     except ValueError as error:

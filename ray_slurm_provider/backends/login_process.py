@@ -72,7 +72,6 @@ class LoginProcess:
         ]
 
     def batch_size(self, launch: Launch) -> int:  # noqa: ARG002 whatever it is
-        """See `NodeBackend`."""
         return 1
 
     def create(self, launch: Launch, count: int = 1) -> list[str]:  # noqa: ARG002 there is one head
@@ -112,12 +111,10 @@ class LoginProcess:
         self._reap()
 
     def still_there(self, node_ids: Iterable[str]) -> str:
-        """Return the head's id when it is among these and still lives."""
         head = self._head()
         return head.node_id if head is not None and head.node_id in set(node_ids) and self._life(head)[0] else ""
 
     def how_ended(self, node_id: str) -> str:
-        """Return how the head ended, as far as this host can tell."""
         head = self._head()
         if head is None or head.node_id != node_id:
             return "nothing is known of it any more"
@@ -152,7 +149,6 @@ class LoginProcess:
         return self._record(certificate, pid, text)
 
     def _record(self, certificate: BirthCertificate, pid: int, text: str) -> LoginHead:
-        """Write down which process on this host the head is."""
         process = procfs.find(pid)
         head = LoginHead(
             node_id=_node_id(certificate, pid),

@@ -21,11 +21,9 @@ class Places:
         return [*self._login.sightings(), *self._jobs.sightings()]
 
     def batch_size(self, launch: Launch) -> int:
-        """Return how many nodes of a launch may be made at once in the place that its configuration names."""
         return self._place_for(launch).batch_size(launch)
 
     def create(self, launch: Launch, count: int = 1) -> list[str]:
-        """Create nodes in the place that their configuration names."""
         return self._place_for(launch).create(launch, count)
 
     def terminate(self, node_ids: Sequence[str]) -> None:
@@ -36,13 +34,11 @@ class Places:
                 place.terminate(mine)
 
     def still_there(self, node_ids: Iterable[str]) -> str:
-        """Ask about nodes where they were."""
         ids = list(node_ids)
         login = [node_id for node_id in ids if self._place_of(node_id) is self._login]
         return self._login.still_there(login) or self._jobs.still_there(set(ids) - set(login))
 
     def how_ended(self, node_id: str) -> str:
-        """Return how a node ended, as its place says."""
         return self._place_of(node_id).how_ended(node_id)
 
     def _place_for(self, launch: Launch) -> NodeBackend:

@@ -32,7 +32,6 @@ class SlurmJobs:
         return [seen for row in self._client.jobs() for seen in self._of_row(row)]
 
     def batch_size(self, launch: Launch) -> int:
-        """Return how many elements an array of such jobs may have."""
         if not launch.head or not launch.settings.job_arrays:
             return 1
         if self._largest_array is None:
@@ -94,7 +93,6 @@ class SlurmJobs:
         return ""
 
     def how_ended(self, node_id: str) -> str:
-        """Return SLURM's word on the end of a job."""
         try:
             end = self._client.job_end(job_id_of(node_id))
         except SlurmError as error:

@@ -98,7 +98,6 @@ def difference(path: Path, text: str) -> str:
 
 
 def write_file(path: Path, text: str, *, force: bool) -> None:
-    """Write a file, never over another one that was not meant to go."""
     if not force and difference(path, text):
         raise DeployError(f"{path} is there already and differs; nothing was written\n  --force replaces it")
     try:

@@ -59,11 +59,9 @@ class TypeProposal:
     priority: int = 0  # Ray's preference among types that fit
 
     def with_options(self, options: Mapping[str, Option]) -> TypeProposal:
-        """Return it with further or other options."""
         return replace(self, sbatch={**self.sbatch, **options})
 
     def without_option(self, name: str) -> TypeProposal:
-        """Return it without an option."""
         return replace(self, sbatch={key: option for key, option in self.sbatch.items() if key != name})
 
 
@@ -81,7 +79,6 @@ _LOGIN_NODE_HEAD = TypeProposal(HEAD, "a process on the host where `ray up` is t
 
 
 def propose(survey: Survey, wishes: Wishes) -> Proposal:
-    """Return node types for a site: one for each kind of nodes in each partition."""
     partitions = _chosen(survey, wishes)
     notes = [f"partition {p.name} is left out: {p.closed}" for p in survey.partitions if p.closed]
     if wishes.time_s is not None and all(_limited(wishes.time_s, p) < wishes.time_s for p in partitions):

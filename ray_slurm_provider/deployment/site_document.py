@@ -26,7 +26,6 @@ provider: {type: external, module: ray_slurm_provider.node_provider.SlurmNodePro
 
 
 def user_yaml() -> str:
-    """Return a cluster YAML that needs the site file for everything else."""
     return _USER_YAML
 
 

@@ -56,7 +56,6 @@ class Survey:
 
     @property
     def open_partitions(self) -> list[PartitionFacts]:
-        """Those to which this user can submit."""
         return [partition for partition in self.partitions if not partition.closed]
 
 
@@ -76,7 +75,6 @@ def usual_account(environ: Mapping[str, str]) -> str:
 
 
 def take_survey(slurm: SlurmClient) -> Survey:
-    """Ask SLURM what there is."""
     config = slurm.configuration()
     nodes = slurm.nodes()
     person = _person(slurm)

@@ -17,7 +17,6 @@ def processes_of(paths: SandboxPaths) -> list[Process]:
 
 
 def daemons_of(paths: SandboxPaths) -> dict[str, list[int]]:
-    """Return the ids of the living daemons by name."""
     found: dict[str, list[int]] = {name: [] for name in DAEMONS}
     for process in processes_of(paths):
         if process.name in found:

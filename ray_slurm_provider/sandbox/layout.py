@@ -108,7 +108,6 @@ class SandboxSpec(Section):
 
     @property
     def node_count(self) -> int:
-        """How many slurmd there are."""
         return sum(group.count for group in self.nodes)
 
 
@@ -144,7 +143,6 @@ def usual_spec(
 
 
 def read_layout(value: Any) -> SandboxSpec:
-    """Return the sandbox that a layout file describes."""
     if isinstance(value, dict) and "isolated" in value:
         raise ValueError(f"isolated: {REHEARSAL}")
     spec = SandboxSpec.model_validate(value)
@@ -177,7 +175,6 @@ class SandboxPaths:
 
     @property
     def slurm_conf(self) -> Path:
-        """The configuration that SLURM_CONF names."""
         return self.root / "slurm.conf"
 
     @property
@@ -187,12 +184,10 @@ class SandboxPaths:
 
     @property
     def munge_socket(self) -> Path:
-        """Where munged listens."""
         return self.root / "munge" / "s"
 
     @property
     def logs(self) -> Path:
-        """Where the daemons write."""
         return self.root / "log"
 
 

@@ -55,7 +55,6 @@ class SandboxStatus:
 
     @property
     def healthy(self) -> bool:
-        """Whether every part works."""
         usable = {"idle", "mixed", "allocated", "completing"}
         return self.controller and self.munged and usable.issuperset(self.nodes.values())
 
@@ -71,11 +70,9 @@ class Sandbox:
 
     @property
     def exists(self) -> bool:
-        """Whether something was started here."""
         return self.paths.record.exists()
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that a shell needs to use this SLURM."""
         self._require()
         return {"SLURM_CONF": str(self.paths.slurm_conf)}
 
@@ -100,7 +97,6 @@ class Sandbox:
         self._remove()
 
     def status(self) -> SandboxStatus:
-        """Return what is alive."""
         nodes = self.nodes()
         munged = self._runs("munged")
         # Without munge the question alone takes 20 s.
@@ -112,12 +108,10 @@ class Sandbox:
         return SandboxStatus(answers, munged, found)
 
     def nodes(self) -> dict[str, VirtualNode]:
-        """Return the nodes by name."""
         record = self._require()
         return {node.name: node for node in self.virtual_nodes(read_layout(record["spec"]), record["port"])}
 
     def virtual_nodes(self, spec: SandboxSpec, base_port: int) -> list[VirtualNode]:
-        """Return the nodes that a sandbox has."""
         return virtual_nodes(spec, _host(), base_port)
 
     def prefix(self, node: str = "") -> list[str]:  # noqa: ARG002 every node is this host
@@ -150,7 +144,6 @@ class Sandbox:
             raise SandboxError(f"slurmctld {'does not answer' if self._runs('slurmctld') else 'ended at once'}")
 
     def start_node(self, name: str) -> None:
-        """Start the slurmd of a node."""
         self._daemon("slurmd", "-N", name, prefix=self.prefix(name))
 
     def _require(self) -> dict[str, Any]:
@@ -295,7 +288,6 @@ class Sandbox:
 
 
 def default_state_dir() -> Path:
-    """Return where this user's sandbox lives when nobody says otherwise."""
     return Path(f"/tmp/ray-slurm-sandbox-{os.getuid()}")  # noqa: S108 short for the sockets, private by its owner
 
 

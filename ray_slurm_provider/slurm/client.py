@@ -99,18 +99,15 @@ class SlurmClient:
             raise SubmitRejected(argv, error.returncode, error.stdout, error.stderr, category) from error
 
     def partitions(self) -> dict[str, dict[str, str]]:
-        """Return what ``scontrol show partition`` says of each partition, by name."""
         lines = self.tools.run(["scontrol", "show", "partition", "-o"]).stdout.splitlines()
         shown = [parse.parse_show(line) for line in lines]
         return {facts["PartitionName"]: facts for facts in shown if "PartitionName" in facts}
 
     def nodes(self) -> list[dict[str, str]]:
-        """Return what ``scontrol show node`` says of each SLURM node."""
         lines = self.tools.run(["scontrol", "show", "node", "-o"]).stdout.splitlines()
         return [facts for line in lines if "NodeName" in (facts := parse.parse_show(line))]
 
     def configuration(self) -> dict[str, str]:
-        """Return what ``scontrol show config`` says."""
         return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
 
     def associations(self, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -140,7 +137,6 @@ class SlurmClient:
             raise SlurmParseError(["scontrol", "show", "job"], 0, text, str(error)) from error
 
     def job_facts(self, job_id: str) -> dict[str, str]:
-        """Return the pairs of ``scontrol show job``; empty when the controller does not know it."""
         return parse.parse_show(self._show("job", job_id) or "")
 
     def array_facts(self, number: str) -> list[dict[str, str]]:
@@ -153,7 +149,6 @@ class SlurmClient:
         return parse.parse_show(self._show("node", node) or "").get("NodeAddr", "")
 
     def node_addresses(self) -> list[str]:
-        """Return the NodeAddr of every SLURM node."""
         return [facts["NodeAddr"] for facts in self.nodes() if facts.get("NodeAddr")]
 
     def _show(self, what: str, name: str) -> str | None:

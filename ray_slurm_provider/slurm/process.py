@@ -114,7 +114,6 @@ class SlurmTools(NamedTuple):
         return completed
 
     def path_of(self, tool: str) -> str:
-        """Return the path of a tool."""
         found = shutil.which(tool, path=self.bin_dir or os.pathsep.join(os.get_exec_path(self.environ)))
         if found is not None:
             return found

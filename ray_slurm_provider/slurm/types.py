@@ -90,12 +90,10 @@ class Job(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """Whether it waits or runs."""
         return self.state.meaning is not Meaning.ENDED
 
     @property
     def queued(self) -> bool:
-        """Whether it still waits for its allocation."""
         return self.state.meaning is Meaning.QUEUED
 
     def elements(self) -> Iterable[Job]:
