@@ -118,7 +118,7 @@ def element_ids(facts: Mapping[str, str]) -> list[str]:
 def _indices(text: str) -> Iterator[int]:
     """Read ``0-7,9`` and ``0-198:2%5``."""
     for first, last, step in _RANGE.findall(text.partition("%")[0]):
-        yield from range(int(first), int(last or first) + 1, int(step or 1))
+        yield from range(int(first), int(last or first) + 1, int(step or 0) or 1)
 
 
 class JobEnd(NamedTuple):
