@@ -1,7 +1,5 @@
 """How people and programs get at a cluster that is up: its address, its token, certificates for this host."""
 
-from __future__ import annotations
-
 from ray_slurm_provider import tls
 from ray_slurm_provider.agent.network import connection_state, own_addresses
 from ray_slurm_provider.agent.ray_command import CONNECTION_ENVIRONMENT, access_environment

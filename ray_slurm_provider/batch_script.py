@@ -4,8 +4,6 @@ Directives are sorted, values are quoted, newlines are refused, and anybody can 
 submitting it: ``ray-slurm render``.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -3,8 +3,6 @@
 By it a job is recognised as ours, whatever happened to our own files. Imports the standard library only.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import lru_cache

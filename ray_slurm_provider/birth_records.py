@@ -4,8 +4,6 @@ The file is there before the job is, and the job's name ends with the token: wha
 is recognised by the first listing that shows it.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

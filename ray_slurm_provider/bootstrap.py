@@ -6,8 +6,6 @@ user (ray/autoscaler/_private/commands.py, _bootstrap_config). So everything is 
 the first, and a mistake travels through Ray's check in a stub to the second, which refuses it.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import os

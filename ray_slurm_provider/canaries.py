@@ -4,8 +4,6 @@ What a login node cannot know is asked there. The jobs judge for themselves (`ag
 they start and report, and whether hosts reach each other and agree on the time.
 """
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """``ray-slurm``: what a person types."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import os

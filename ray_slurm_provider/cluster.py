@@ -4,8 +4,6 @@ The only holder of locks and of the listing cache. Ray calls from several thread
 once and shared for a moment, and dropped whenever something was created or ended.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -22,8 +22,6 @@
 What exists is SLURM's to say: this directory may be lost, and the nodes are still found.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Reads what concerns us from a cluster YAML. Imports no Ray, so that commands start fast."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """All clusters of this user: those in SLURM, and those whose directory is left."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field

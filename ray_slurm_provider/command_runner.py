@@ -7,8 +7,6 @@ start Ray. Here files are copied as soon as the job is submitted, the setup comm
 Ctrl-C while it waits loses nothing; the job starts by itself and the next `ray up` finds it.
 """
 
-from __future__ import annotations
-
 import logging
 import shlex
 import socket

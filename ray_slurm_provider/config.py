@@ -4,8 +4,6 @@ The models are the one list of keys, types, defaults, documentation and error te
 and every refusal come from them. Nothing here imports Ray.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import pwd

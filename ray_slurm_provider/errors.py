@@ -20,18 +20,14 @@
 The first line of a message says what happened, the following ones what to do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 
 class SlurmProviderError(Exception):
     """Root of everything this package raises on purpose."""
 
-    @property
-    def launch_category(self) -> str:
-        """Return a word for Ray, of at most 19 characters (NodeLaunchException), when it hinders a launch."""
-        return "slurm-provider"
+    # A word for Ray when it hinders a launch; NodeLaunchException takes 19 characters.
+    launch_category = "slurm-provider"
 
 
 class ConfigError(SlurmProviderError):
@@ -51,15 +47,7 @@ class ConfigError(SlurmProviderError):
 
 
 class SiteRuleError(ConfigError):
-    """A rule of the site does not allow what a cluster YAML asks for.
-
-    Args:
-        path: Where, as a YAML path.
-        problem: What is not allowed there.
-        rule: The rule, the site's name and its file.
-        allowed: What the rule allows; may be empty.
-        contact: Whom to ask; may be empty.
-    """
+    """A rule of the site, named with the site and its file, does not allow what a cluster YAML asks for."""
 
     def __init__(self, path: str, problem: str, rule: str, allowed: str = "", contact: str = "") -> None:
         self.rule = rule
@@ -69,15 +57,9 @@ class SiteRuleError(ConfigError):
 
 
 class SlurmError(SlurmProviderError):
-    """A SLURM tool failed.
+    """A SLURM tool failed; its return code is None when it did not end by itself."""
 
-    Args:
-        argv: The command line that was run.
-        returncode: Its exit code, None when it did not end by itself.
-        stdout: What it printed.
-        stderr: What it complained about.
-        advice: What a person can do about it; may be empty.
-    """
+    launch_category = "slurm-unavailable"
 
     def __init__(
         self,
@@ -95,12 +77,8 @@ class SlurmError(SlurmProviderError):
         super().__init__(self._message())
 
     @property
-    def launch_category(self) -> str:
-        return "slurm-unavailable"
-
-    @property
     def complaint(self) -> str:
-        """Return what the tool complained about as one line: the site's own plugins speak first, SLURM last."""
+        """What the tool complained about as one line: the site's own plugins speak first, SLURM last."""
         return "; ".join(line.strip() for line in self.stderr.splitlines() if line.strip()) or str(self)
 
     def _message(self) -> str:
@@ -119,25 +97,12 @@ class SlurmUnavailable(SlurmError):
 
 
 class SubmitRejected(SlurmError):
-    """Sbatch was refused.
-
-    Args:
-        argv: The command line that was run.
-        returncode: Its exit code.
-        stdout: What it printed.
-        stderr: What it complained about.
-        category: A short word for the reason, at most 19 characters (Ray's
-            ``NodeLaunchException`` allows no more).
-    """
+    """Sbatch was refused; the category is a short word for the reason."""
 
     def __init__(self, argv: Sequence[str], returncode: int | None, stdout: str, stderr: str, category: str) -> None:
         self.category = category
+        self.launch_category = f"slurm-{category}"[:19]
         super().__init__(argv, returncode, stdout, stderr)
-
-    @property
-    def launch_category(self) -> str:
-        """Return a word for Ray, with SLURM's reason in it."""
-        return f"slurm-{self.category}"[:19]
 
     @property
     def not_now(self) -> bool:
@@ -150,22 +115,12 @@ class SlurmParseError(SlurmError):
 
 
 class LaunchDelayed(SlurmProviderError):
-    """Nothing of a node type is submitted now.
-
-    Args:
-        category: A word for the reason, at most 19 characters.
-        reason: Why, and what ends it.
-        allowed: How many of them may be submitted all the same.
-    """
+    """Not all of what was wanted of a node type is submitted now, but `allowed` of it; says why, and what ends it."""
 
     def __init__(self, category: str, reason: str, allowed: int = 0) -> None:
-        self.category = category
+        self.launch_category = category
         self.allowed = allowed
         super().__init__(reason)
-
-    @property
-    def launch_category(self) -> str:
-        return self.category
 
 
 class StateError(SlurmProviderError):

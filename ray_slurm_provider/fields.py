@@ -1,7 +1,5 @@
 """The types of values in our sections of the YAML, each with its own sentence for a mistake."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field

@@ -1,7 +1,5 @@
 """Copies files as rsync does, by rsync, on the file systems that this host sees."""
 
-from __future__ import annotations
-
 import glob
 import os
 import subprocess

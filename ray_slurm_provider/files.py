@@ -1,7 +1,5 @@
 """Writing files so that a crash leaves the old one. Imports the standard library only."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

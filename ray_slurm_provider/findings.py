@@ -1,7 +1,5 @@
 """What a check found. Imports the standard library only: probe jobs report it, too."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final, Literal
 

@@ -1,7 +1,5 @@
 """Forwards TCP ports of this host to the head, for ``ray dashboard`` and ``--port-forward``."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ Only what carries a birth certificate is looked at, and of that only this user's
 lives, nothing of its cluster is garbage.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

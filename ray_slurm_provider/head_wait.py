@@ -24,16 +24,7 @@ def wait_for_head(
     ask_s: float = 5.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Node:
-    """Wait as long as it takes until Ray runs on the head.
-
-    Args:
-        cluster: The cluster.
-        node_id: The head.
-        tell: Called with the node after each question to SLURM.
-        trouble: Called when SLURM does not answer; the next question may be answered.
-        poll_s: Seconds between two looks at its report.
-        ask_s: Seconds between two questions to SLURM; a head that becomes ready is asked for at once.
-        clock: A monotonic clock, seconds.
+    """Wait as long as it takes until Ray runs on the head; its report is looked at more often than SLURM is asked.
 
     Raises:
         SlurmNotFound: The tools are gone; asking again does not help.

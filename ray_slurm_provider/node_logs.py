@@ -1,7 +1,5 @@
 """The logs of a cluster's nodes, of those that have ended too."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator
@@ -16,16 +14,7 @@ _CHUNK_BYTES = 65536
 
 
 def find_log(cluster: Cluster, name: str) -> Path:
-    """Return the log of a node.
-
-    Args:
-        cluster: The cluster.
-        name: Node id, job id, host or address, or the beginning of an id; "" for the head.
-
-    Raises:
-        NodeNotFound: There is no such log; the text names those that there are.
-        StateError: The cluster's directory was deleted.
-    """
+    """Return the log of a node by its id, job, host or address, or the beginning of an id; the head's for ""."""
     log = next((path for path in _candidates(cluster, name) if path.exists()), None)
     if log is not None:
         return log
@@ -38,14 +27,7 @@ def find_log(cluster: Cluster, name: str) -> Path:
 
 
 def print_log(cluster: Cluster, log: Path, *, lines: int | None, follow: bool) -> None:
-    """Print a log.
-
-    Args:
-        cluster: The cluster.
-        log: One of its logs.
-        lines: How many of the last lines to print; None for all.
-        follow: Whether to go on until the node ends or the user interrupts.
-    """
+    """Print a log, or its last lines; follow it until the node ends or the user interrupts."""
     with log.open("rb") as file:
         if lines is not None:
             sys.stdout.buffer.writelines(file.readlines()[-lines:] if lines else [])

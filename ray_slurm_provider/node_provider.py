@@ -8,8 +8,6 @@ processes of their own on hosts of their own. Raising is always safe here, an in
 Ray takes what is missing for dead.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

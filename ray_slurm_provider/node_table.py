@@ -1,7 +1,5 @@
 """The table of a cluster's nodes, for people and for programs."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

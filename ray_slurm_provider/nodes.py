@@ -1,7 +1,5 @@
 """A Ray node as the cluster knows it: what is seen of it, what it says, and Ray's tags. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Each check is a function that yields findings; one that cannot be made is a find
 know is asked by `canaries`; what any host says of itself, by `agent/host_checks`.
 """
 
-from __future__ import annotations
-
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Processes of this host as /proc shows them (proc(5)). Imports the standard library only."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

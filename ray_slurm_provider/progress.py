@@ -1,7 +1,5 @@
 """What a person sees while the head's job waits."""
 
-from __future__ import annotations
-
 import atexit
 import sys
 import time

@@ -3,8 +3,6 @@
 Together with ``node_provider``, ``command_runner`` and ``bootstrap`` the only module that imports Ray.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

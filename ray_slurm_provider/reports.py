@@ -4,8 +4,6 @@ The job writes them, everybody else reads them. They tell addresses and reasons;
 SLURM's to say.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What Ray resources a job's sbatch options promise. Pure functions."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,16 +16,7 @@ _LOGIN_NODE = {"CPU": 0, "memory": 1024 * MIB, "object_store_memory": 1024 * MIB
 
 
 def derive(options: SbatchOptions, accelerator_names: Iterable[str] = ()) -> dict[str, int]:
-    """Return the Ray resources of a node with these options.
-
-    Args:
-        options: The sbatch options.
-        accelerator_names: Ray's names of accelerators, to spell a gres type as Ray does.
-
-    Returns:
-        ``CPU`` always; ``GPU`` and ``accelerator_type:<name>`` when asked for; ``memory`` and
-        ``object_store_memory`` in bytes when the job's memory is known beforehand.
-    """
+    """Return the Ray resources of a node with these options, memory in bytes when it is known beforehand."""
     cpus = options.cpus_per_task or 1
     gpus, gpu_type = gpu_request(options)
     if options.cpus_per_gpu and gpus and not options.cpus_per_task:

@@ -1,7 +1,5 @@
 """The options of sbatch that a YAML may hold, and those that are the provider's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """What two of Ray's commands mean here: `ray exec --stop` and `ray submit`. Pure functions."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Ways to run a command on a node: in its allocation by srun, by ssh, or on this very host."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

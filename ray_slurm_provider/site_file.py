@@ -3,8 +3,6 @@
 Every command reads it, and so does the head before it submits, where it is there.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ itself. Locks and limits are checked twice: when a YAML is read, so that a perso
 submission.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Any
 

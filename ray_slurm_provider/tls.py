@@ -4,8 +4,6 @@ Ray checks both ends of each connection (ray/_common/tls_utils.py; docs.ray.io, 
 connects needs one too. `cryptography` is loaded when it is used: nodes without TLS do not pay for it.
 """
 
-from __future__ import annotations
-
 import shutil
 import socket
 import sys

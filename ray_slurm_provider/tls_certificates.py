@@ -1,7 +1,5 @@
 """An authority and what it signs, as PEM texts. The only module that imports `cryptography`."""
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable
 from datetime import datetime, timedelta, timezone

@@ -1,7 +1,5 @@
 """The ssh command with which a laptop reaches a cluster through the login node."""
 
-from __future__ import annotations
-
 import shlex
 import socket
 

@@ -1,7 +1,5 @@
 """The JSON Schema of a whole cluster YAML: Ray's own, with our two sections in it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import BaseModel

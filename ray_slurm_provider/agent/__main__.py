@@ -1,7 +1,5 @@
 """``python -m ray_slurm_provider.agent SPEC``: what the batch script becomes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """What the agent asks of the kernel: signals, children, and who inherits orphans (prctl(2))."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Doing something only once in a while, in a loop that turns more often."""
 
-from __future__ import annotations
-
 import time
 
 

@@ -1,7 +1,5 @@
 """What every place where Ray nodes run can do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From a launch to the script of its node."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -8,8 +8,6 @@ environment. On another login node its life is read from what it says itself, an
 or positively refused.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import signal

@@ -1,7 +1,5 @@
 """All the places where nodes of one cluster run, as one backend."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting

@@ -1,7 +1,5 @@
 """Ray nodes as SLURM batch jobs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """``ray-slurm deploy``."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import re

@@ -1,7 +1,5 @@
 """Makes a cluster YAML for the site that it is asked on."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence

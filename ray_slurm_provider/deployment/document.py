@@ -1,7 +1,5 @@
 """The cluster YAML that `ray-slurm deploy` writes, as text. Pure functions."""
 
-from __future__ import annotations
-
 import json
 import re
 import textwrap

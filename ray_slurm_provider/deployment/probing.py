@@ -5,8 +5,6 @@ one thing at a time, first in what sbatch's words point at. Each question is a s
 asked.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

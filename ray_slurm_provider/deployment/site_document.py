@@ -1,7 +1,5 @@
 """The site file that `ray-slurm deploy --site` writes, and the YAML that its users need."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Iterator, Mapping

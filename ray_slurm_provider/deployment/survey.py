@@ -1,7 +1,5 @@
 """What a site has, by what SLURM says of it."""
 
-from __future__ import annotations
-
 import getpass
 import grp
 import os

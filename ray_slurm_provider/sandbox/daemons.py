@@ -1,7 +1,5 @@
 """The processes of a sandbox: found by what they carry."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from ray_slurm_provider import procfs

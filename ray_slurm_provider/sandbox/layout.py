@@ -3,8 +3,6 @@
 The configuration was tried on SLURM 22.05; slurm.conf(5) and gres.conf(5) say what each line means.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

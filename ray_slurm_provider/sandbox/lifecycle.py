@@ -1,7 +1,5 @@
 """Starts, examines and ends a sandbox."""
 
-from __future__ import annotations
-
 import getpass
 import logging
 import os

@@ -1,7 +1,5 @@
 """SLURM as a client whose methods are questions."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Text in, types back: what the SLURM tools print and what sbatch options mean. Pure functions."""
 
-from __future__ import annotations
-
 import re
 
 from ray_slurm_provider.slurm.types import Job, JobEnd, JobState

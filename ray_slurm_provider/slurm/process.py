@@ -1,7 +1,5 @@
 """The one door to the SLURM tools: runs an argument list, never a shell string."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """SLURM's reasons for waiting, in plain words (squeue(1), JOB REASON CODES)."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 _WORDS = {

@@ -245,7 +245,7 @@ def test_a_type_whose_nodes_do_not_come_up_is_tried_again_after_a_pause(monitor,
     submitted = len(fake_slurm.jobs())
     with pytest.raises(LaunchDelayed, match="setup.0. failed with exit code 1") as error:
         monitor.create_workers("worker", CONFIG, WORKER, 1)
-    assert error.value.category == "slurm-backoff"
+    assert error.value.launch_category == "slurm-backoff"
     assert len(fake_slurm.jobs()) == submitted
     monitor.create_workers("other", CONFIG, {**WORKER, TAG_TYPE: "other"}, 1)
     clock.now += 10
@@ -335,7 +335,7 @@ def test_slurms_limit_on_queued_jobs_is_not_asked_against_in_every_round(monitor
     asked = fake_slurm.calls("sbatch")
     with pytest.raises(LaunchDelayed, match="QOSMaxSubmitJobPerUserLimit") as delayed:
         monitor.create_workers("worker", CONFIG, WORKER, 1)
-    assert delayed.value.category == "slurm-limit"
+    assert delayed.value.launch_category == "slurm-limit"
     assert fake_slurm.calls("sbatch") == asked
     fake_slurm.faults()
     clock.now += 16
@@ -358,7 +358,7 @@ def test_what_slurm_refuses_is_asked_for_less_and_less_often(monitor, fake_slurm
                 monitor.create_workers("worker", CONFIG, WORKER, 1)
             if isinstance(error.value, SubmitRejected):
                 break
-            assert error.value.category == "slurm-partition"
+            assert error.value.launch_category == "slurm-partition"
         waits.append(clock.now - began)
         clock.now += 1000
     assert waits == sorted(waits)
@@ -378,7 +378,7 @@ def test_a_job_that_slurm_would_never_start_is_withdrawn_and_its_type_told(monit
     assert worker not in monitor.nodes()
     with pytest.raises(LaunchDelayed, match="PartitionTimeLimit") as delayed:
         monitor.create_workers("worker", CONFIG, WORKER, 1)
-    assert delayed.value.category == "slurm-never"
+    assert delayed.value.launch_category == "slurm-never"
     clock.now += 30
     assert monitor.create_workers("worker", CONFIG, WORKER, 1)
 

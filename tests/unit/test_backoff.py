@@ -67,12 +67,12 @@ def test_after_some_failures_in_a_row_it_pauses_until_a_person_says_so():
     for number in range(4):
         backoff.failed("w", f"reason {number}", 100 + number, log=["last words"], pause_after=4)
     obstacle = backoff.delay_reason("w", 10**9)
-    assert obstacle.category == "slurm-paused"
+    assert obstacle.launch_category == "slurm-paused"
     for word in ("4 starts", "reason 3", "| last words", "ray-slurm resume"):
         assert word in str(obstacle)
     # One of the same round that fails later changes nothing about that.
     backoff.failed("w", "late", 110, submitted_at=50, pause_after=4)
-    assert backoff.delay_reason("w", 10**9).category == "slurm-paused"
+    assert backoff.delay_reason("w", 10**9).launch_category == "slurm-paused"
     assert backoff.resume("other") == []
     assert backoff.resume("w") == ["w"]
     assert backoff.delay_reason("w", 100) is None
@@ -100,7 +100,7 @@ def test_slurms_own_limit_is_no_failure():
     backoff = Backoff()
     backoff.refused("w", "QOSMaxSubmitJobPerUserLimit", 100, LIMIT)
     obstacle = backoff.delay_reason("w", 101)
-    assert obstacle.category == "slurm-limit"
+    assert obstacle.launch_category == "slurm-limit"
     assert "QOSMaxSubmitJobPerUserLimit" in str(obstacle)
     assert backoff.types["w"].failures == 0
     assert backoff.delay_reason("w", 100 + QUEUE_LIMIT_RETRY_S) is None
