@@ -24,7 +24,7 @@ from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.cluster_yaml import load, settings_of
 from ray_slurm_provider.config import NodeConfig, SlurmSettings, check_cluster_name, read_node_config, read_settings
-from ray_slurm_provider.errors import ConfigError
+from ray_slurm_provider.errors import ConfigError, SlurmProviderError
 from ray_slurm_provider.file_sync import is_shared
 from ray_slurm_provider.ray_contract import (
     accelerator_names,
@@ -157,18 +157,17 @@ def check_for_up(config: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: A file mount is wrong.
-        click.ClickException: This Ray, or its old autoscaler, does not work here.
+        SlurmProviderError: This Ray, or its old autoscaler, does not work here.
     """
     for name in ("RAY_UP_enable_autoscaler_v2", "RAY_enable_autoscaler_v2"):
         if os.environ.get(name, "1") != "1":
-            raise click.ClickException(f"Ray's old autoscaler does not work here: unset {name}")
+            raise SlurmProviderError(f"Ray's old autoscaler does not work here: unset {name}")
     if unfit := unfit_ray():
-        raise click.ClickException(unfit)
-    check_file_mounts(config)
+        raise SlurmProviderError(unfit)
+    _check_file_mounts(config)
 
 
-def check_file_mounts(config: dict[str, Any]) -> None:
-    """Refuse file mounts that cannot be copied."""
+def _check_file_mounts(config: dict[str, Any]) -> None:
     shared = read_settings(config["provider"].get("slurm")).directory()
     head = config["available_node_types"][config["head_node_type"]]["node_config"]
     for target, source in config["file_mounts"].items():

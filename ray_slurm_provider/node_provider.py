@@ -60,7 +60,8 @@ class SlurmNodeProvider(NodeProvider):
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
         self._command = ray_command()
-        _drop_config_cache(str(provider_config.get("_config_cache_path") or ""), self._command)
+        self._config_cache = str(provider_config.get("_config_cache_path") or "")
+        _drop_config_cache(self._config_cache, self._command)
         self._torn_down: dict[str, set[str]] = {}
         self._head_id = ""
         self._cluster = Cluster(cluster_name, read_settings(provider_config.get("slurm")))
@@ -69,6 +70,8 @@ class SlurmNodeProvider(NodeProvider):
     @readable
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
         """Return the ids of the nodes that wait or run and have these tags."""
+        # `ray submit` writes it again, and finds this object in Ray's cache of providers.
+        _drop_config_cache(self._config_cache, self._command)
         if tag_filters == {TAG_RAY_NODE_KIND: NODE_KIND_HEAD} and self._command.name in {"up", *_FOR_A_RUNNING_HEAD}:
             self._require_head()
         self._cluster.launch_deferred()

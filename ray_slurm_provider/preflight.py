@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from ray_slurm_provider.agent import host_checks, network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.backends.launch_script import job_environment
-from ray_slurm_provider.bootstrap import check_file_mounts, resolve_file
+from ray_slurm_provider.bootstrap import check_for_up, resolve_file
 from ray_slurm_provider.canaries import Address, NodeType, look_around
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings, read_node_config, read_settings
@@ -60,7 +60,7 @@ def preflight(path: Path, environ: Mapping[str, str], probe_wait_s: float | None
     """Yield what every check of a YAML finds, in the environment of `ray up`; probe jobs only with a time to wait."""
     try:
         config = resolve_file(path)
-        check_file_mounts(config)
+        check_for_up(config)
     except SlurmProviderError as error:
         yield Finding("yaml", FAILURE, str(error))
         return

@@ -44,11 +44,6 @@ class NodeReport(NamedTuple):
         address = self._at("client")
         return f"ray://{address}" if address else ""
 
-    @property
-    def dashboard_url(self) -> str:
-        address = self._at("dashboard")
-        return f"http://{address}" if address else ""
-
     def _at(self, port: str) -> str:
         number = self.ports.get(port)
         return f"{bracketed(self.address)}:{number}" if self.address and number else ""

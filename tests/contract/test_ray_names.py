@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import ray
 import yaml
@@ -33,7 +32,10 @@ from ray_slurm_provider.agent.ray_command import (
     unfit_ray,
 )
 from ray_slurm_provider.agent.spec import AgentSpec
+from ray_slurm_provider.errors import SlurmProviderError
+from ray_slurm_provider.findings import FAILURE
 from ray_slurm_provider.node_provider import SlurmNodeProvider
+from ray_slurm_provider.preflight import preflight
 from ray_slurm_provider.ray_contract import cluster_schema, prepare_config
 from ray_slurm_provider.sessions import STOP_TAIL
 
@@ -144,14 +146,21 @@ def test_the_old_autoscaler_is_chosen_in_the_way_that_we_refuse():
 @pytest.mark.parametrize("name", ["RAY_UP_enable_autoscaler_v2", "RAY_enable_autoscaler_v2"])
 def test_whoever_wants_the_old_autoscaler_is_told(monkeypatch, name):
     monkeypatch.setenv(name, "0")
-    with pytest.raises(click.ClickException, match=f"old autoscaler does not work here: unset {name}") as refused:
+    with pytest.raises(SlurmProviderError, match=f"old autoscaler does not work here: unset {name}"):
         bootstrap.check_for_up({})
-    assert refused.value.exit_code == 1
+
+
+def test_the_check_before_ray_up_tells_it_too(monkeypatch, tmp_path):
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(cluster_config("c", tmp_path)))
+    monkeypatch.setenv("RAY_UP_enable_autoscaler_v2", "0")
+    (found,) = preflight(tmp_path / "x.yaml", {})
+    assert (found.check, found.level) == ("yaml", FAILURE)
+    assert "unset RAY_UP_enable_autoscaler_v2" in found.text
 
 
 def test_a_ray_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr(bootstrap, "unfit_ray", lambda: "this Ray is too old")
-    with pytest.raises(click.ClickException, match="too old"):
+    with pytest.raises(SlurmProviderError, match="too old"):
         bootstrap.check_for_up({})
 
 

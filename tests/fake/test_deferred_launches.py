@@ -217,6 +217,23 @@ def test_a_directory_that_was_deleted_under_a_living_head_is_told(make_monitor, 
     login.clean_up()
 
 
+def test_rays_cache_of_the_yaml_goes_also_when_ray_writes_it_again(
+    make_monitor, login, fake_slurm, monkeypatch, tmp_path
+):
+    make_monitor()
+    for name in ("PATH", "FAKE_SLURM_DIR"):
+        monkeypatch.setenv(name, fake_slurm.environ[name])
+    cache = tmp_path / "ray-config-1"
+    cache.touch()
+    config = {"slurm": {"state_dir": login.settings.state_dir}, "_config_cache_path": str(cache)}
+    with click.Context(click.Command("submit")):
+        provider = SlurmNodeProvider(config, "c")
+    assert not cache.exists()
+    cache.touch()
+    provider.non_terminated_nodes({})
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize("command", ["up", "exec", "rsync-up", "get-head-ip"])
 def test_commands_tell_of_a_deleted_directory_and_ray_down_ends_the_cluster(
     make_monitor, login, fake_slurm, monkeypatch, command

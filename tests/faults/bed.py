@@ -193,13 +193,6 @@ class BedCluster(UserCluster):
         """What a process needs to talk to the head."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.root / "auth_token")}
 
-    def processes_on(self, node, name=None):
-        return [
-            p
-            for p in self.processes()
-            if f"SLURMD_NODENAME={node}".encode() in p.read("environ") and (name is None or p.name == name)
-        ]
-
     def destroy(self):
         if self.driver is not None:
             self.driver.end()

@@ -1,4 +1,4 @@
-"""What a site may ask for: port ranges, encryption, places for temporary files, IPv6, its plugins, the old autoscaler."""
+"""What a site may ask for: port ranges, encryption, places for temporary files, IPv6, its plugins."""
 
 from __future__ import annotations
 
