@@ -29,11 +29,8 @@ class BirthRecords:
 
     def of_job(self, job_name: str) -> BirthCertificate | None:
         """Return the certificate of the job with this name, None when it is none of ours."""
-        match = _TOKEN.search(job_name)
-        if match is None:
-            return None
-        token = match.group(1)
-        if token not in self._known:
+        token = token_in(job_name)
+        if token and token not in self._known:
             try:
                 certificate = read_certificate(self._path(token).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError):
@@ -41,7 +38,13 @@ class BirthRecords:
             if certificate is None or certificate.token != token:
                 return None
             self._known[token] = certificate
-        return self._known[token]
+        return self._known.get(token)
 
     def _path(self, token: str) -> Path:
         return self._directory / f"{token}.birth"
+
+
+def token_in(job_name: str) -> str:
+    """Return the launch token that a job's name ends with; "" when there is none."""
+    match = _TOKEN.search(job_name)
+    return match.group(1) if match is not None else ""

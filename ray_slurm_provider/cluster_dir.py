@@ -115,8 +115,8 @@ class ClusterDir:
 
     @property
     def missing(self) -> str:
-        """What a node cannot start without and cannot be seen, "" when all of it is there."""
-        return next((str(path) for path in self.reports.needed if not os.path.exists(path)), "")  # noqa: PTH110 no errors
+        """What a node cannot start without and is positively gone, "" when all of it is there or nobody can tell."""
+        return next((str(path) for path in self.reports.needed if _is_gone(path)), "")
 
     def prepare(self) -> None:
         """Make the directory with everything that a head needs in it; nothing that is there is changed.
@@ -228,17 +228,11 @@ class ClusterDir:
             logger.warning("%s cannot be read", self._login_head)
             return None
 
-    def last_login_head(self) -> str:
-        """Return the node id of the login node's head that wrote last; "" when another head did, or none."""
-        report = self.head_report()
-        wrote = {path: path.stem for path in (self.root / "logs").glob("login-*.log")}
-        if report is not None:
-            wrote[self.reports.head] = report.node_id
-        try:
-            last = max(wrote, key=lambda path: path.stat().st_mtime_ns, default=None)
-        except OSError as error:
-            raise StateError(f"{self.root} cannot be read: {error.strerror or error}") from error
-        return "" if last is None else wrote[last]
+    def logged_login_heads(self) -> list[str]:
+        """Return the node ids of the heads on login nodes that have a log; none while that cannot be read."""
+        with suppress(OSError):
+            return sorted(path.stem for path in (self.root / "logs").glob("login-*.log"))
+        return []
 
     def save_login_head(self, head: LoginHead) -> None:
         write_json(self._login_head, asdict(head))
@@ -307,6 +301,16 @@ class ClusterDir:
                     shutil.rmtree(self.root)
         except OSError as error:
             raise StateError(f"{self.root} cannot be removed: {error.strerror or error}") from error
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _read_tags(value: Any) -> dict[str, dict[str, str]]:

@@ -41,16 +41,15 @@ _BOOTSTRAP, _BOOTSTRAP_KEY = "ray_bootstrap_config.yaml", "ray_bootstrap_key.pem
 _RAY_LOGS = "/tmp/ray/session_latest"  # noqa: S108 what Ray's own commands name (ray/autoscaler/_private/commands.py)
 
 
-class HeadStartError(click.ClickException):
-    """The head did not come up.
+class UpdaterError(click.ClickException):
+    """What went wrong while Ray's updater was at work.
 
-    Ray's updater prints an exception that has these attributes without a traceback
-    (ray/autoscaler/_private/updater.py, run).
+    It prints an exception that has these attributes without a traceback (ray/autoscaler/_private/updater.py, run).
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, cmd: str = "ray start --head") -> None:
         super().__init__(message)
-        self.cmd = "ray start --head"
+        self.cmd = cmd
         self.returncode = 1
         self.stderr = message
 
@@ -114,7 +113,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         if Path(target).name == _BOOTSTRAP_KEY:
             return  # the autoscaler submits jobs; it needs no key
         if not self._sees_the_same(target):
-            raise self._not_shared(target, f"cp -r SHARED_PATH {target}")
+            raise self._not_shared(target, f"cp -r SHARED_PATH {_as_word(target)}")
         copy(source, target, _sync_options(options))
 
     @readable
@@ -122,7 +121,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
         """Copy from a place that the node sees too."""
         there = self._with_our_paths(source)
         if not self._sees_the_same(there):
-            raise self._not_shared(source, f"cp -r {source} SHARED_PATH")
+            raise self._not_shared(source, f"cp -r {_as_word(source)} SHARED_PATH")
         copy(there, target, _sync_options(options))
 
     def remote_shell_command_str(self) -> str:
@@ -147,7 +146,7 @@ class SlurmCommandRunner(CommandRunnerInterface):
             with HeadProgress(self._cluster.log_of(self._node_id)) as progress:
                 wait_for_head(self._cluster, self._node_id, progress.tell, progress.trouble)
         except HeadFailed as error:
-            raise HeadStartError(str(error)) from error
+            raise UpdaterError(str(error)) from error
         self._say_what_next()
 
     def _restart(self, node: Node) -> None:
@@ -157,8 +156,13 @@ class SlurmCommandRunner(CommandRunnerInterface):
         sign = self._cluster.directory.reports.restart(self._node_id)
         code, _ = run(self._shell(), f"touch {shlex.quote(str(sign))}")
         if code:
-            raise HeadStartError("the node agent could not be asked to restart Ray")
-        wait_for_restart(self._cluster, node)
+            raise UpdaterError("the node agent could not be asked to restart Ray")
+        try:
+            wait_for_restart(self._cluster, node)
+        except HeadFailed:
+            # A restart that nobody waits for any more.
+            sign.unlink(missing_ok=True)
+            raise
 
     def _say_what_next(self) -> None:
         report = self._cluster.directory.report(self._node_id)
@@ -171,8 +175,9 @@ class SlurmCommandRunner(CommandRunnerInterface):
 
     def _run_command(self, cmd: str, *, with_output: bool) -> str:
         shell = self._shell()
-        if self._command.name == "submit":
-            cmd = submission(cmd, [self._command.options["script"], *self._command.options["script_args"]])
+        options = self._command.options
+        if self._command.name == "submit" and "script" in options:
+            cmd = submission(cmd, [options["script"], *options.get("script_args", ())])
         cmd = self._rewritten(cmd)
         terminal = not with_output and sys.stdin.isatty() and sys.stdout.isatty()
         code, output = run(shell, cmd, with_output=with_output, terminal=terminal)
@@ -208,13 +213,14 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _sees_the_same(self, path: str) -> bool:
         return self._on_this_host() or is_shared(path, self._cluster.directory.root.parent)
 
-    def _not_shared(self, path: str, command: str) -> click.ClickException:
+    def _not_shared(self, path: str, command: str) -> UpdaterError:
         """Refuse to copy to or from a node's own file system, and show what does it."""
         if self._command.name == "submit":
-            command = f"python SHARED_PATH/{Path(path).name}"
-        return click.ClickException(
+            command = f"python SHARED_PATH/{_as_word(Path(path).name)}"
+        return UpdaterError(
             f"{path} is on a file system that only its own host sees: use a path that all hosts share, or"
-            f" `ray exec {shlex.quote(self._command.cluster_yaml)} {shlex.quote(command)}`"
+            f" `ray exec {shlex.quote(self._command.cluster_yaml)} {shlex.quote(command)}`",
+            "rsync",
         )
 
     @contextmanager
@@ -266,6 +272,11 @@ class SlurmCommandRunner(CommandRunnerInterface):
     def _with_our_paths(self, text: str) -> str:
         report = self._cluster.directory.report(self._node_id)
         return text.replace(_RAY_LOGS, f"{report.temp_dir}/session_latest") if report and report.temp_dir else text
+
+
+def _as_word(path: str) -> str:
+    """Return a path for a shell, which is to expand ``~``."""
+    return f"~/{shlex.quote(path[2:])}" if path.startswith("~/") else shlex.quote(path)
 
 
 def _sync_options(options: dict[str, Any] | None) -> SyncOptions:

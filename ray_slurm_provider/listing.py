@@ -102,28 +102,28 @@ class Listing:
             raise self._trouble.with_traceback(None)
         self._looked_at = now
         self.ended = []
-        if asks or news or self._unlisted or self._passing or tags != self._tags:
+        if asks or news or self._reports.is_due() or self._unlisted or self._passing or tags != self._tags:
             self._build(tags)
 
     def _interval(self) -> float:
+        if not self._patient:
+            return _FOR_PEOPLE_S
         busy = self._rest_s / _BUSY_RATE
         if self._trouble is not None:
             return min(_TROUBLE_S, busy)
-        if not self._patient:
-            return _FOR_PEOPLE_S
         # After news, and once more later: a job ends a little after it has said so.
         return busy if self._busy or self._ending or self._news_at > self._asked_at - busy else self._rest_s
 
     def _ask(self, tags: Iterable[str]) -> list[Sighting]:
-        self._asked_at = self._clock()
+        now = self._clock()
         try:
             sightings = self._backend.sightings()
             self._verify_complete(tags, {seen.node_id for seen in sightings})
         except Exception as error:
             # Whatever it was: until the next answer nothing is known, and no old answer stands in.
-            self._trouble = error
+            self._trouble, self._asked_at = error, now
             raise
-        self._trouble = None
+        self._trouble, self._asked_at = None, now
         return sightings
 
     def _verify_complete(self, tags: Iterable[str], seen_ids: set[str]) -> None:

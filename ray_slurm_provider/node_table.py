@@ -57,14 +57,14 @@ def watch_nodes(cluster: Cluster) -> None:
         if console.is_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 while True:
-                    live.update(_view(cluster, _rows_or_none(cluster)), refresh=True)
+                    live.update(_look(cluster)[1], refresh=True)
                     time.sleep(_WATCH_S)
         last: list[tuple[str, str, str]] | None = None
         while True:
-            rows = _rows_or_none(cluster)
+            rows, view = _look(cluster)
             now = [(row.id, row.state, row.ray) for row in rows]
             if now != last:
-                console.print(time.strftime("%H:%M:%S"), _view(cluster, rows), sep="\n")
+                console.print(time.strftime("%H:%M:%S"), view, sep="\n")
                 last = now
             time.sleep(_WATCH_S)
     except KeyboardInterrupt:
@@ -77,12 +77,14 @@ def _view(cluster: Cluster, rows: Sequence[NodeRow]) -> Group:
     return Group(_table(rows), *waiting, *([lost] if lost else []), *cluster.launches.summary())
 
 
-def _rows_or_none(cluster: Cluster) -> list[NodeRow]:
+def _look(cluster: Cluster) -> tuple[list[NodeRow], Group]:
+    """Return the rows and what is shown of them; nothing while SLURM does not answer."""
     try:
-        return node_rows(cluster)
+        rows = node_rows(cluster)
+        return rows, _view(cluster, rows)
     except SlurmError as error:
         _console().print(f"SLURM does not answer: {error}", markup=False)
-        return []
+        return [], Group(_table([]))
 
 
 def _row(cluster: Cluster, node: Node) -> NodeRow:

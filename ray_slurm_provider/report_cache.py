@@ -27,6 +27,7 @@ class ReportCache:
         self._eager = eager
         self._changed_ns = -1
         self._news_until = float("-inf")
+        self._again_at = float("inf")  # when one that is up has to be read again
         self._entries: dict[str, _Entry] = {}
 
     def has_news(self) -> bool:
@@ -40,9 +41,14 @@ class ReportCache:
             self._changed_ns, self._news_until = changed_ns, now + _SAME_TIME_S
         return self._eager or now < self._news_until
 
+    def is_due(self) -> bool:
+        """Return whether a report that was not read at the last news has to be read now."""
+        return self._clock() >= self._again_at
+
     def read(self, sightings: Iterable[Sighting]) -> dict[str, NodeReport | None]:
         """Return what some nodes say of themselves, and forget all others."""
         now = self._clock()
+        self._again_at = float("inf")
         # In the queue a node says nothing.
         speaking = (seen for seen in sightings if self._eager or not seen.queued)
         self._entries = {seen.node_id: self._entry(seen, now) for seen in speaking}
@@ -61,4 +67,7 @@ class ReportCache:
         if not seen.alive or last.read_at >= self._news_until:
             return False
         starting = last.report is None or last.report.phase == STARTING
-        return starting or now - last.read_at >= _UP_AGAIN_S
+        if starting or now - last.read_at >= _UP_AGAIN_S:
+            return True
+        self._again_at = min(self._again_at, last.read_at + _UP_AGAIN_S)
+        return False

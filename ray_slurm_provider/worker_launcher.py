@@ -31,7 +31,8 @@ class WorkerLauncher:
     """Launches the workers of one cluster.
 
     Each request passes a chain of gates. A gate returns why not all of it may be launched now, and how many may
-    (`LaunchDelayed.allowed`); or raises when nothing of it may ever be.
+    (`LaunchDelayed.allowed`); or raises when nothing of it may ever be. Those that count what is in SLURM have it to
+    themselves until the submission is done, so they come last.
     """
 
     def __init__(self, cluster: Cluster, environ: Mapping[str, str], clock: Callable[[], float]) -> None:
@@ -39,7 +40,8 @@ class WorkerLauncher:
         self._environ = environ
         self._deferred = DeferredLaunches(clock)
         self._creating = threading.Lock()
-        self._gates = (self._back_off, self._require_directory, self._limit_queue, self._limit_nodes)
+        self._gates = (self._back_off, self._require_directory)
+        self._counting_gates = (self._limit_queue, self._limit_nodes)
 
     def create(self, node_type: str, config: NodeConfig, tags: Mapping[str, str], count: int) -> list[str]:
         """Submit the jobs of workers and return their node ids.
@@ -94,24 +96,25 @@ class WorkerLauncher:
 
     def _launch(self, request: LaunchRequest) -> None:
         """Submit as many jobs of a request as may be; raise why the others have to wait."""
+        for gate in self._gates:
+            if (refusal := gate(request)) is not None:
+                raise refusal
         allowed, delay = request.missing, None
         with self._creating:
-            for gate in self._gates:
-                found = gate(request, allowed)
+            for counting_gate in self._counting_gates:
+                found = counting_gate(request, allowed)
                 if found is not None:
                     allowed, delay = found.allowed, found
-                if not allowed:
-                    break
-            else:
+            if allowed:
                 self._submit(request, allowed)
         if delay is not None:
             raise delay
         self._deferred.launched(request.node_type)
 
-    def _back_off(self, request: LaunchRequest, _: int) -> LaunchDelayed | None:
+    def _back_off(self, request: LaunchRequest) -> LaunchDelayed | None:
         return self._cluster.launches.delay_reason(request.node_type)
 
-    def _require_directory(self, _: LaunchRequest, __: int) -> LaunchDelayed | None:
+    def _require_directory(self, _: LaunchRequest) -> LaunchDelayed | None:
         missing = self._cluster.directory.missing
         if not missing:
             return None
@@ -141,7 +144,7 @@ class WorkerLauncher:
 
     def _limit_nodes(self, request: LaunchRequest, count: int) -> None:
         rules = rules_in_force(self._cluster.settings)
-        if rules is not None:
+        if rules is not None and count:
             in_slurm = [node_id for node_id in self._cluster.nodes() if not node_id.startswith(LOGIN_PREFIX)]
             rules.check_nodes(len(in_slurm) + count, f"available_node_types.{request.node_type}")
 

@@ -77,7 +77,7 @@ class Monitor:
         return ""
 
     def _update_copy(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             found = self._written.stat()
             if (found.st_ino, found.st_mtime_ns) != self._copied:
                 write_atomically(self._copy, self._written.read_text(encoding="utf-8"))

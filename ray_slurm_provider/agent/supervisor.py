@@ -101,6 +101,7 @@ class Supervisor:
         self._monitor: Monitor | None = None
         self._directory = DirectoryWatch(spec.directory)
         self._missed = False
+        self._looking_for_signs = Pace(_LOOP_S)
         self._keeping = Pace(_HEAD_KEEPS_S if spec.is_head else _WORKER_KEEPS_S)
         self._unpublished = False
         self._place = Place(spec)
@@ -328,7 +329,7 @@ class Supervisor:
         """Return why to end Ray, when somebody wants that."""
         if signal.SIGTERM in self._signals:
             return "the job was cancelled or reached its time limit"
-        if not self._spec.is_head:
+        if not (self._spec.is_head and self._looking_for_signs.due()):
             return ""
         if _taken(self._paths.stop(self._node_id)):
             return "it was asked to end, by `ray exec --stop` or from another host"

@@ -29,7 +29,7 @@ from ray_slurm_provider.reports import ENDED
 logger = logging.getLogger(__name__)
 
 PREFIX = "login-"
-_NODE_ID = re.compile(rf"{PREFIX}(.+)-(\d+)-[a-z0-9]+")
+_NODE_ID = re.compile(rf"{PREFIX}(.+)-(\d{{1,10}})-[a-z0-9]+")
 _CONNECT_S = 5.0
 # The agent ends Ray and cancels the cluster's jobs first.
 _END_S = 30.0
@@ -128,16 +128,26 @@ class LoginProcess:
         return self._last
 
     def _find_again(self) -> LoginHead | None:
-        """Return the head whose record was lost, by the process that its node id names."""
-        node_id = self._directory.last_login_head()
-        match = _NODE_ID.fullmatch(node_id)
-        if match is None:
-            return None
-        host, pid = match[1], int(match[2])
-        if host != host_name():
-            if self._life_elsewhere(node_id, host)[0]:
+        """Return the head whose record was lost: the process that one of its files names carries its certificate."""
+        report = self._directory.head_report()
+        named = [report.node_id] if report is not None else []
+        found = map(self._running_here, dict.fromkeys([*named, *self._directory.logged_login_heads()]))
+        head = next((head for head in found if head is not None), None)
+        if head is not None:
+            return head
+        # Earlier heads have left logs, so these count only where no head has said yet that it is the one.
+        for node_id in named or self._directory.logged_login_heads():
+            match = _NODE_ID.fullmatch(node_id)
+            host = match[1] if match is not None else host_name()
+            if host != host_name() and self._life_elsewhere(node_id, host)[0]:
                 raise StateError(f"the record of the head on {host} was lost; log in to {host} and try there")
+        return None
+
+    def _running_here(self, node_id: str) -> LoginHead | None:
+        match = _NODE_ID.fullmatch(node_id)
+        if match is None or match[1] != host_name():
             return None
+        pid = int(match[2])
         text = _carried_certificate(pid)
         certificate = read_certificate(text)
         this = self._cluster, self._directory.fingerprint, node_id

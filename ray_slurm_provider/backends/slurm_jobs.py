@@ -7,10 +7,10 @@ from ray_slurm_provider.backends.base import Launch, Sighting
 from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
 from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, read_certificate
-from ray_slurm_provider.birth_records import BirthRecords
+from ray_slurm_provider.birth_records import BirthRecords, token_in
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
 from ray_slurm_provider.slurm.client import SlurmClient
-from ray_slurm_provider.slurm.types import Job, element_ids
+from ray_slurm_provider.slurm.types import Job, JobState, Meaning, element_ids
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,17 @@ class SlurmJobs:
             by_number.setdefault(job_id_of(node_id).partition("_")[0], set()).add(node_id)
         for number, wanted in by_number.items():
             for facts in self._client.array_facts(number):
-                certificate = self._certificate(facts.get("Comment", ""), facts.get("JobName", ""))
-                if certificate is not None:
-                    known = {certificate.node_id(job_id) for job_id in element_ids(facts)}
-                    if known & wanted:
-                        return min(known & wanted)
+                name = facts.get("JobName", "")
+                certificate = self._certificate(facts.get("Comment", ""), name)
+                token = certificate.token if certificate is not None else token_in(name)
+                known = {f"{job_id}-{token}" for job_id in element_ids(facts)} & wanted
+                if known and certificate is not None:
+                    return min(known)
+                if known and JobState.of(facts.get("JobState", "")).meaning is not Meaning.ENDED:
+                    raise StateError(
+                        f"the record of job {min(known)} was deleted from the cluster's directory\n"
+                        f"  `scancel {number}` ends it; then `ray down` and `ray up`"
+                    )
         return ""
 
     def how_ended(self, node_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import click
 import pytest
@@ -12,7 +13,7 @@ from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
 from ray_slurm_provider.node_provider import SlurmNodeProvider
-from ray_slurm_provider.nodes import KIND_HEAD, TAG_KIND
+from ray_slurm_provider.nodes import KIND_HEAD, TAG_KIND, TAG_TYPE
 
 CONFIG = NodeConfig()
 
@@ -215,6 +216,37 @@ def test_a_directory_that_was_deleted_under_a_living_head_is_told(make_monitor, 
     login.terminate(list(login.nodes()))
     assert login.lost_directory() == ""
     login.clean_up()
+
+
+def test_a_round_does_not_wait_for_the_submission_of_another_type(make_monitor, monkeypatch, clock):
+    monitor = make_monitor()
+    with monitor.directory.change_diary() as diary:
+        diary.launches.failed("paused", "why", clock.now, pause_after=1)
+    monitor.nodes()
+    with pytest.raises(LaunchDelayed):
+        monitor.create_workers("paused", CONFIG, {**WORKER, TAG_TYPE: "paused"}, 1)
+    assert monitor.create_workers("paused", CONFIG, {**WORKER, TAG_TYPE: "paused"}, 1) == []
+    began, may_end = threading.Event(), threading.Event()
+    create = monitor._backend.create
+
+    def slow(*arguments):
+        began.set()
+        assert may_end.wait(60)
+        return create(*arguments)
+
+    monkeypatch.setattr(monitor._backend, "create", slow)
+    submission = threading.Thread(target=_create, args=(monitor,))
+    submission.start()
+    round_ = threading.Thread(target=monitor.launch_deferred)
+    try:
+        assert began.wait(60)
+        round_.start()
+        round_.join(30)
+        assert not round_.is_alive()
+    finally:
+        may_end.set()
+        submission.join()
+        round_.join()
 
 
 def test_rays_cache_of_the_yaml_goes_also_when_ray_writes_it_again(

@@ -210,3 +210,48 @@ def _opened_below(directory):
         yield opened
     finally:
         active.clear()
+
+
+def test_after_an_interrupted_question_the_next_one_is_asked(login, fake_slurm, clock, monkeypatch):
+    head = login.create_head("head", CONFIG, HEAD)
+    person = Cluster("c", login.settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(person._backend, "sightings", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            person.nodes()
+    assert set(person.nodes()) == {head}
+
+
+@pytest.mark.parametrize("interval_s", [6, 60])
+def test_a_person_asks_a_silent_controller_once_in_five_seconds_too(login, fake_slurm, clock, interval_s):
+    settings = login.settings.model_copy(update={"listing_interval_s": interval_s})
+    person = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    person.create_head("head", CONFIG, HEAD)
+    person.nodes()
+    fake_slurm.faults(down=["squeue"])
+    before = fake_slurm.calls("squeue")
+    clock.now += 10
+    for _ in range(30):
+        with pytest.raises(SlurmError):
+            person.nodes()
+        clock.now += 2
+    assert fake_slurm.calls("squeue") - before <= 12
+
+
+def test_an_end_that_slurm_forgets_is_seen_although_another_node_has_just_had_news(monitor, asked, fake_slurm, clock):
+    worker = _worker(monitor)
+    fake_slurm.change(2, state="RUNNING")
+    _say(monitor, worker, READY)
+    asked(120)
+    assert monitor.nodes()[worker].ready
+    _say(monitor, "another-one", STARTING)
+    asked(5)
+    _say(monitor, worker, ENDED)
+    before, cancelled = clock.now, fake_slurm.calls("scancel")
+    while fake_slurm.calls("scancel") == cancelled:
+        asked(1)
+        assert clock.now - before < 90

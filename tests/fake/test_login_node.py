@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from ray_slurm_provider import procfs
+from ray_slurm_provider.agent.directory_watch import DirectoryWatch
 from ray_slurm_provider.backends import login_process
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, ResolvedNode, SlurmSettings
@@ -90,24 +93,66 @@ def test_a_head_whose_record_is_lost_is_found_again_and_no_second_one_started(ma
     assert procfs.find(_pid(head)) is None
 
 
+def _stranger(number, token="abcdef"):
+    return f"login-{login_process.host_name()}-{number}-{token}"
+
+
 def test_without_a_record_a_process_is_the_head_only_with_its_certificate(make, head):
     _record(make).unlink()
-    root = make().directory.root
+    make().log_of(head).unlink()
     # One that has ended and whose number another process has got, and one that ended before it.
-    for age, stranger in enumerate((os.getpid(), 2**22 + 1)):
-        log = root / "logs" / f"login-{login_process.host_name()}-{stranger}-abcdef.log"
-        log.touch()
-        os.utime(log, (time.time() + 60 - age,) * 2)
+    for stranger in (os.getpid(), 2**22 + 1):
+        make().log_of(_stranger(stranger)).touch()
+    assert make().nodes() == {}
+    make().directory.reports.head.write_text(json.dumps({"node_id": _stranger("9" * 5000), "phase": "ready"}))
     assert make().nodes() == {}
 
 
-def test_a_head_in_a_job_that_came_after_it_is_not_taken_for_it(make, head):
+@pytest.mark.parametrize("said", ["", "7-abcdef"])
+def test_without_a_record_a_living_head_is_found_among_what_earlier_ones_left(make, head, said):
     _record(make).unlink()
-    directory = make().directory
-    write_report(directory.reports, NodeReport("7-abcdef", "ready"), head=True)
-    os.utime(directory.reports.head, (time.time() + 60,) * 2)
-    assert directory.last_login_head() == "7-abcdef"
-    assert make().nodes() == {}
+    for token in ("000000", "zzzzzz"):
+        make().log_of(_stranger(os.getpid(), token)).touch()
+    if said:
+        write_report(make().directory.reports, NodeReport(said, "ready"), head=True)
+    # All files are touched once a day, in whatever order.
+    DirectoryWatch(make().directory.root).keep_young()
+    for token in ("000000", "zzzzzz"):
+        os.utime(make().log_of(_stranger(os.getpid(), token)), (time.time() + 60,) * 2)
+    assert make().create_head("head", CONFIG, HEAD) == head
+
+
+def test_the_log_of_an_earlier_head_elsewhere_does_not_hinder_a_head_in_a_job(make, fake_slurm):
+    job = make().create_head("head", NodeConfig(), HEAD)
+    make().log_of("login-otherhost-123-abcdef").touch()
+    with pytest.raises(StateError, match="log in to otherhost"):
+        make().nodes()  # nobody has said yet which head it is
+    write_report(make().directory.reports, NodeReport(job, "ready"), head=True)
+    os.utime(make().log_of("login-otherhost-123-abcdef"), (time.time() + 60,) * 2)
+    assert set(make().nodes()) == {job}
+
+
+@pytest.mark.parametrize("method", ["glob", "read_text", "read_bytes"])
+def test_a_directory_that_cannot_be_read_now_hides_no_head_in_a_job(make, monkeypatch, method):
+    job = make().create_head("head", NodeConfig(), HEAD)
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, method, fail)
+    assert set(make().nodes()) == {job}
+
+
+def test_a_directory_that_cannot_be_seen_now_is_not_taken_for_deleted(make, monkeypatch):
+    cluster = make()
+    cluster.create_head("head", NodeConfig(), HEAD)
+    cluster.nodes()
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", fail)
+    assert cluster.lost_directory() == ""
 
 
 def test_the_head_that_died_is_gone_and_its_end_is_told(make, head):

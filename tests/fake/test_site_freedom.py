@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from fake.harness import HEAD, WORKER
@@ -18,6 +20,7 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.nodes import TAG_TYPE
+from ray_slurm_provider.reports import NodeReport, write_report
 from ray_slurm_provider.site_rules import SiteFile, SiteLimits
 
 CONFIG = NodeConfig()
@@ -69,6 +72,19 @@ def test_with_records_in_files_everything_works_without_the_comment(make, fake_s
     assert (row.name, row.head, row.queued) == ("c", head, 2)
     monitor.terminate([second])
     assert second not in monitor.nodes()
+
+
+def test_records_that_were_deleted_hide_no_living_head(make, fake_slurm):
+    head = make(birth_record="file").create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="RUNNING")
+    directory = make().directory
+    write_report(directory.reports, NodeReport(head, "ready"), head=True)
+    shutil.rmtree(directory.births)
+    for ask in (lambda: make().nodes(), lambda: make(birth_record="file").create_head("head", CONFIG, HEAD)):
+        with pytest.raises(StateError, match=f"record of job {head} was deleted.*\n.*scancel 1"):
+            ask()
+    fake_slurm.change(1, state="CANCELLED")
+    assert make().nodes() == {}
 
 
 def test_a_record_is_there_before_its_job_and_goes_when_there_is_none(make, fake_slurm):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from ray_slurm_provider.agent.pace import Pace
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.agent.supervisor import Supervisor
 
@@ -17,7 +18,9 @@ def make(tmp_path):
 
     def made(node_id="1-abc", **changes):
         spec = AgentSpec("c", "d", str(tmp_path / "state" / "c"))._replace(**changes)
-        return Supervisor(spec, {"RAY_CLOUD_INSTANCE_ID": node_id, "PATH": "/nowhere"})
+        supervisor = Supervisor(spec, {"RAY_CLOUD_INSTANCE_ID": node_id, "PATH": "/nowhere"})
+        supervisor._looking_for_signs = Pace(0)
+        return supervisor
 
     return made
 
@@ -35,6 +38,15 @@ def test_a_sign_is_obeyed_once_and_by_its_own_node_only(make):
     paths.stop("1-abc").touch()
     assert "`ray exec --stop`" in supervisor._ordered_to_end()
     assert not paths.stop("1-abc").exists()
+
+
+def test_signs_are_looked_for_once_in_a_second_however_much_ray_prints(make):
+    supervisor = make()
+    supervisor._looking_for_signs = Pace(1000)
+    assert supervisor._ordered_to_end() == ""
+    supervisor._paths.stop("1-abc").touch()
+    assert [supervisor._ordered_to_end() for _ in range(300)] == [""] * 300
+    assert supervisor._paths.stop("1-abc").exists()
 
 
 def test_a_worker_is_ended_by_no_sign(make):
