@@ -51,12 +51,7 @@ def copy(source: str, target: str, options: SyncOptions) -> None:
 
 
 def is_shared(path: str, shared: Path) -> bool:
-    """Tell whether other hosts see a path too.
-
-    Args:
-        path: The path, or the place where it would be.
-        shared: A directory that is known to be shared.
-    """
+    """Tell whether other hosts see a path too."""
     place = _existing(Path(_expanded(path)))
     return place.stat().st_dev == _existing(shared).stat().st_dev or not on_local_disk(place)
 

@@ -105,13 +105,7 @@ def _row(cluster: Cluster, node: Node) -> NodeRow:
 
 
 def time_left(end: str, time_limit: str, now: float) -> str:
-    """Return how long a job may still run, "" when that is unknown.
-
-    Args:
-        end: When it ends at the latest, as squeue prints it on this host; its limit counts when it has not started.
-        time_limit: Its limit, as squeue prints it.
-        now: Seconds since the epoch.
-    """
+    """Return how long a job may still run, by what squeue prints: its limit counts when it has not started."""
     try:
         return format_time(max(0, round(datetime.fromisoformat(end).timestamp() - now)))
     except ValueError:

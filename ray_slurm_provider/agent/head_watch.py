@@ -26,18 +26,10 @@ _ASK_S = 15.0
 
 
 class HeadWatch:
-    """Looks after the head of one worker.
-
-    Args:
-        spec: The worker.
-        head_ended: Asks SLURM whether the head's job has ended.
-
-    Attributes:
-        known_gone: Whether it is positively gone.
-    """
+    """Looks after the head of one worker; `head_ended` asks SLURM whether its job has ended."""
 
     def __init__(self, spec: AgentSpec, head_ended: Callable[[], bool]) -> None:
-        self.known_gone = False
+        self.known_gone = False  # positively
         self._spec = spec
         self._head_ended = head_ended
         self._questions = Pace(_ASK_S)

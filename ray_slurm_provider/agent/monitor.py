@@ -30,14 +30,7 @@ _GRACE_S = 2.0
 
 
 class Monitor:
-    """The autoscaler of one head.
-
-    Args:
-        command: Its argument list.
-        environ: Its environment.
-        written: The configuration that `ray up` writes.
-        copy: Where the autoscaler reads it.
-    """
+    """The autoscaler of one head; it reads a copy of the configuration that `ray up` has written."""
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], written: Path, copy: Path) -> None:
         self._command = list(command)
