@@ -12,8 +12,7 @@ import click
 
 from ray_slurm_provider.cluster_yaml import settings_of
 from ray_slurm_provider.config import check_cluster_name
-from ray_slurm_provider.deployment.deploy import Deployment
-from ray_slurm_provider.deployment.document import template_directory
+from ray_slurm_provider.deployment.document import Deployment, template_directory
 from ray_slurm_provider.deployment.proposal import Wishes
 from ray_slurm_provider.deployment.site_document import site_document, user_yaml
 from ray_slurm_provider.deployment.survey import Survey, take_survey, usual_account

@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from ray_slurm_provider.agent import network
 from ray_slurm_provider.bootstrap import resolve_written
 from ray_slurm_provider.cluster_yaml import settings_of
-from ray_slurm_provider.deployment.document import cluster_document, node_type_lines
+from ray_slurm_provider.deployment.document import Deployment, cluster_document, node_type_lines
 from ray_slurm_provider.deployment.probing import MOST_QUESTIONS, Prober, fit, moving, possible_changes
 from ray_slurm_provider.deployment.proposal import HEAD, Proposal, TypeProposal, Wishes, propose
 from ray_slurm_provider.deployment.survey import Survey
@@ -26,16 +26,6 @@ from ray_slurm_provider.site_file import read_site
 _SHARED_VARIABLES = ("SCRATCH", "WORK", "PROJECT", "WORKDIR", "PSCRATCH")
 _USUAL_STATE_DIR = "~/.ray-slurm"
 _WHAT_TO_SAY = "say what the site wants with --account, --qos, --partition, --time or --head-time"
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A cluster YAML that was made."""
-
-    text: str
-    proposal: Proposal  # as sbatch accepts it
-    types: Sequence[str]  # the lines of available_node_types
-    settings: Mapping[str, tuple[Any, str]]  # keys of provider.slurm, each with one line on it
 
 
 def usual_state_dir(survey: Survey, environ: Mapping[str, str]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from ray_slurm_provider.deployment.survey import Survey
 
 _COMMENT_COLUMN = 40
 _WIDTH = 118
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A cluster YAML that was made."""
+
+    text: str
+    proposal: Proposal  # as sbatch accepts it
+    types: Sequence[str]  # the lines of available_node_types
+    settings: Mapping[str, tuple[Any, str]]  # keys of provider.slurm, each with one line on it
 
 
 def template_directory() -> Path:

@@ -5,8 +5,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray_slurm_provider.deployment.deploy import Deployment
-from ray_slurm_provider.deployment.document import commented, scalar
+from ray_slurm_provider.deployment.document import Deployment, commented, scalar
 from ray_slurm_provider.errors import DeployError
 
 _HEADER = """\

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,7 +150,6 @@ def test_only_the_ray_ring_imports_ray(module):
 
 @pytest.mark.parametrize("module", sorted(_modules()))
 def test_what_runs_in_the_job_needs_the_standard_library_only(module):
-    import sys
 
     if module.split(".")[0] in STANDARD_LIBRARY_ONLY:
         imported = {name.split(".")[0] for name in _imports(_modules()[module])}
@@ -157,7 +158,6 @@ def test_what_runs_in_the_job_needs_the_standard_library_only(module):
 
 def test_only_one_module_imports_cryptography_and_only_a_node_with_tls_loads_it():
     import subprocess
-    import sys
 
     for module, path in _modules().items():
         imported = {name.split(".")[0] for name in _imports(path)}
@@ -178,3 +178,8 @@ def test_processes_are_started_in_few_places():
                 "file_sync",
                 "shells",
             }
+
+
+def test_our_command_line_starts_without_ray():
+    code = "import sys, ray_slurm_provider.cli; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
