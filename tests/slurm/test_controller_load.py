@@ -48,7 +48,7 @@ class Count:
 def waiting(make_cluster):
     """A cluster whose `ray up` waits for a head that does not begin."""
     later = {"sbatch": {"cpus_per_task": 1, "mem": "1G", "begin": "now+1hour"}}
-    cluster = make_cluster("patient", head={"node_config": later})
+    cluster = make_cluster("watched", head={"node_config": later})
     cluster.begun = Count(cluster)
     cluster.child = cluster.start("up", cluster.yaml, "--no-config-cache", "-y")
     wait_for(lambda: any(job.queued for job in cluster.jobs()), 60, "the head in the queue")
