@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import urllib.error
@@ -209,8 +210,7 @@ def test_what_a_killed_cluster_leaves_breaks_nobodys_next_one(clusters):
     report = json.loads((alice.root / "head.json").read_text())
     # Everything at once, guard and all: nobody is left to clean up.
     doomed = alice.processes()
-    for process in doomed:
-        os.kill(process.pid, 9)
+    procfs.send(doomed, signal.SIGKILL)
     wait_for(lambda: not any(map(procfs.alive, doomed)), 20, "the end of the processes")
     assert os.path.isdir(report["temp_dir"])
     wait_for(lambda: json.loads(alice.ray_slurm("nodes", "--json", alice.yaml).stdout) == [], 60, "the end of the jobs")
