@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from ray_slurm_provider.errors import LaunchDelayed
+from ray_slurm_provider.errors import LaunchDelayed, SubmitUnanswered
 
 # The first failures may be one bad host; after them the wait doubles.
 FAILURES_BEFORE_BACKOFF = 2
@@ -21,6 +21,7 @@ _TOO_MANY_HOSTS = 3
 # Categories of refusals: SLURM's own limit on queued jobs, which passes by itself, and jobs that it would never start.
 LIMIT = "slurm-limit"
 NEVER = "slurm-never"
+UNANSWERED = SubmitUnanswered.launch_category
 
 
 @dataclass
@@ -133,6 +134,7 @@ class Backoff:
         told = {
             "slurm-backoff": f"{record.failures} starts of type {node_type} in a row have failed",
             LIMIT: f"SLURM takes no more jobs of type {node_type} at present",
+            UNANSWERED: f"sbatch does not say whether it takes jobs of type {node_type}",
             NEVER: f"SLURM would never start a job of type {node_type}",
         }.get(record.category, f"SLURM refuses jobs of type {node_type}")
         return LaunchDelayed(record.category, f"{told}; the next try is in {left:.0f} s. The last one: {record.reason}")

@@ -8,6 +8,7 @@
       SlurmError           a SLURM tool failed: argv, exit code, both streams
         SlurmNotFound        the tool or the SLURM configuration is missing here
         SlurmUnavailable     the controller or munge did not answer; try again
+          SubmitUnanswered     sbatch failed, and the job may exist all the same
         SubmitRejected       sbatch was refused; says in which category
         SlurmParseError      the tool answered something that we cannot read
       LaunchDelayed        nothing of a node type is submitted now; says why
@@ -84,6 +85,8 @@ class SlurmError(SlurmProviderError):
     def _message(self) -> str:
         said = self.stderr.strip() or self.stdout.strip() or "no output"
         code = "did not end" if self.returncode is None else f"exit code {self.returncode}"
+        if self.returncode is not None and self.returncode < 0:
+            code = f"signal {-self.returncode}"
         text = f"{self.argv[0] if self.argv else 'SLURM'} failed ({code}): {said}"
         return f"{text}\n  {self.advice}" if self.advice else text
 
@@ -94,6 +97,18 @@ class SlurmNotFound(SlurmError):
 
 class SlurmUnavailable(SlurmError):
     """The controller or munge did not answer: nothing is known, ask again later."""
+
+
+class SubmitUnanswered(SlurmUnavailable):
+    """Sbatch failed without a known refusal: the job may exist, with this launch token."""
+
+    launch_category = "slurm-unanswered"
+    token = ""
+
+    @classmethod
+    def after(cls, error: SlurmError) -> "SubmitUnanswered":
+        advice = "SLURM may have taken the job all the same; if squeue shows it later, it is used"
+        return cls(error.argv, error.returncode, error.stdout, error.stderr, advice)
 
 
 class SubmitRejected(SlurmError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,15 @@ from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.config import NodeConfig
 from ray_slurm_provider.deferred_launches import DeferredLaunches, LaunchRequest
-from ray_slurm_provider.errors import ConfigError, LaunchDelayed, SlurmError, StateError, SubmitRejected
-from ray_slurm_provider.nodes import TAG_TYPE
+from ray_slurm_provider.errors import (
+    ConfigError,
+    LaunchDelayed,
+    SlurmError,
+    StateError,
+    SubmitRejected,
+    SubmitUnanswered,
+)
+from ray_slurm_provider.nodes import TAG_TYPE, Node
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.site_file import rules_in_force
 
@@ -40,6 +47,7 @@ class WorkerLauncher:
         self._environ = environ
         self._deferred = DeferredLaunches(clock)
         self._creating = threading.Lock()
+        self._unanswered: dict[str, str] = {}  # node types of submissions that may have been taken, by their tokens
         self._gates = (self._back_off, self._require_directory)
         self._counting_gates = (self._limit_queue, self._limit_nodes)
 
@@ -51,13 +59,13 @@ class WorkerLauncher:
         Raises:
             StateError: The cluster is being taken down, or this is not a head's job.
             SlurmUnavailable: SLURM does not answer.
-            LaunchDelayed, SubmitRejected, ConfigError: Ray does not know yet why they have to wait.
+            LaunchDelayed, SubmitRejected, SubmitUnanswered, ConfigError: Ray does not know yet why they have to wait.
         """
         self._require_live_head()
         request = LaunchRequest(node_type, config, tags, count)
         try:
             self._launch(request)
-        except _REASONS_TO_WAIT as error:
+        except (*_REASONS_TO_WAIT, SubmitUnanswered) as error:
             if self._deferred.is_news(node_type, error):
                 raise
             self._deferred.defer(request)
@@ -65,7 +73,9 @@ class WorkerLauncher:
 
     def launch_deferred(self) -> None:
         """Launch what was asked for before and could not be launched then."""
+        late = self._late()
         waiting = self._deferred.take()
+        _count(late, waiting)
         if waiting:
             try:
                 self._require_live_head()
@@ -84,6 +94,15 @@ class WorkerLauncher:
             if request.missing:
                 self._deferred.defer(request)
 
+    def _late(self, node_type: str = "") -> list[Node]:
+        """Return the nodes of unanswered submissions that squeue shows by now, each once."""
+        tokens = {token for token, of_type in list(self._unanswered.items()) if node_type in {"", of_type}}
+        nodes = self._cluster.nodes().values() if tokens else ()
+        late = [node for node in nodes if node.node_id.rpartition("-")[2] in tokens]
+        for node in late:
+            self._unanswered.pop(node.node_id.rpartition("-")[2], None)
+        return late
+
     def _require_live_head(self) -> None:
         """Raise `StateError` when nothing may be submitted any more, or not by this process."""
         if self._cluster.directory.stopping:
@@ -99,6 +118,10 @@ class WorkerLauncher:
         for gate in self._gates:
             if (refusal := gate(request)) is not None:
                 raise refusal
+        if request.node_type in self._unanswered.values():
+            # Before more is submitted, what was is looked for once more.
+            self._cluster.forget_listing()
+            _count(self._late(request.node_type), [request])
         allowed, delay = request.missing, None
         with self._creating:
             for counting_gate in self._counting_gates:
@@ -158,7 +181,9 @@ class WorkerLauncher:
         )
         try:
             self._create_in_batches(launch, count, request.made)
-        except SubmitRejected as error:
+        except (SubmitRejected, SubmitUnanswered) as error:
+            if isinstance(error, SubmitUnanswered):
+                self._unanswered[error.token] = request.node_type
             self._cluster.launches.refused(request.node_type, error.complaint, error.launch_category)
             raise
 
@@ -181,3 +206,11 @@ class WorkerLauncher:
                     launch = replace(launch, avoid=())
                 else:
                     raise
+
+
+def _count(late: Iterable[Node], requests: Sequence[LaunchRequest]) -> None:
+    """Count nodes for what is wanted of their types, as Ray does with nodes that it did not expect."""
+    for node in late:
+        of_type = (request for request in requests if request.node_type == node.tags.get(TAG_TYPE) and request.missing)
+        if (request := next(of_type, None)) is not None:
+            request.made.append(node.node_id)

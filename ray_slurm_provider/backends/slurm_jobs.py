@@ -8,7 +8,14 @@ from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
 from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords, token_in
-from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
+from ray_slurm_provider.errors import (
+    SlurmError,
+    SlurmNotFound,
+    SlurmUnavailable,
+    StateError,
+    SubmitRejected,
+    SubmitUnanswered,
+)
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.types import Job, JobState, Meaning, element_ids
 
@@ -40,8 +47,8 @@ class SlurmJobs:
     def create(self, launch: Launch, count: int = 1) -> list[str]:
         """Submit a job, or several as an array.
 
-        An sbatch that gave no answer may have submitted all the same: the jobs are then looked for by their
-        token, so that none is lost and none is submitted twice.
+        An sbatch that failed in any way but a known refusal may have submitted all the same: the jobs are then looked
+        for by their token, so that none is lost and none is submitted twice.
         """
         certificate = new_certificate(launch)
         script = render(job_spec(launch, certificate, count))
@@ -50,9 +57,9 @@ class SlurmJobs:
             self._births.save(certificate)
         try:
             job_id = self._client.submit(script, launch.environ)
-        except SlurmUnavailable:
-            job_id = self._find(certificate)
-        except SlurmError:
+        except SlurmUnavailable as error:
+            job_id = self._find(certificate, error)
+        except (SubmitRejected, SlurmNotFound):
             if in_file:
                 self._births.forget(certificate)
             raise
@@ -122,15 +129,21 @@ class SlurmJobs:
             "  set provider.slurm.birth_record: file"
         )
 
-    def _find(self, certificate: BirthCertificate) -> str:
-        """Return the job that sbatch submitted without saying so; raise the present error when there is none."""
-        for job in self._client.jobs():
+    def _find(self, certificate: BirthCertificate, error: SlurmUnavailable) -> str:
+        """Return the job that sbatch submitted without saying so; raise its error when none is seen."""
+        if isinstance(error, SubmitUnanswered):
+            error.token = certificate.token
+        try:
+            jobs = self._client.jobs()
+        except SlurmError:
+            raise error from None
+        for job in jobs:
             found = self._certificate(job.comment, job.name)
             if found is not None and found.token == certificate.token and found.home == certificate.home:
                 number = job.job_id.partition("_")[0]
-                logger.warning("sbatch gave no answer, but job %s was submitted", number)
+                logger.warning("sbatch gave no answer, but job %s was submitted: %s", number, error.complaint)
                 return number
-        raise SlurmUnavailable(["sbatch"], None, "", "no answer, and no job was submitted")
+        raise error
 
     def _of_row(self, row: Job) -> list[Sighting]:
         certificate = self._certificate(row.comment, row.name)

@@ -4,9 +4,16 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from ray_slurm_provider.errors import SlurmError, SlurmParseError, SlurmUnavailable, SubmitRejected
+from ray_slurm_provider.errors import (
+    SlurmError,
+    SlurmNotFound,
+    SlurmParseError,
+    SlurmUnavailable,
+    SubmitRejected,
+    SubmitUnanswered,
+)
 from ray_slurm_provider.slurm import parse
-from ray_slurm_provider.slurm.process import Completed, SlurmTools
+from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.slurm.types import Job, JobEnd
 
 # sbatch's own words, and the category we give them; the first that fits wins.
@@ -34,6 +41,26 @@ _REJECTIONS = (
 # Limits on how many jobs are in the queue, by account, user or QOS: they pass by themselves. They stand before the
 # policy that they belong to; those on a job's size or time do not pass.
 _SUBMIT_LIMIT = re.compile(r"\b\w*(Max|Grp)Submit\w*")
+# The errors of slurm_strerror() with which the controller refuses a job. Other words may also tell of a connection that
+# broke after it had taken the job, among them those of the C library ("Invalid argument").
+_FAILED = "Batch job submission failed: "
+_REFUSALS = re.compile(
+    r"Invalid (account|mcs_label|--|user id|group id|.* specifi)|Requested (?!nodes are busy)|Required |"
+    r"Access(/permission)? denied|User's group|More processors|Node count|CPU count|Task \w+ specification|"
+    r"Memory required|Time limit|Job (violates|dependency|script|size|--batch)|Pathname of|No partition|No eligible|"
+    r"Burst Buffer|Insufficient GRES|Duplicate generic|Multiple |Circular|Cannot request|System submissions|Only batch"
+)
+# What the codes that plugins of sites return mean to SLURM (-1) and to the C library (1); their own words stand before.
+_PLUGIN_REFUSALS = re.compile(r"(Unspecified error|Operation not permitted)$", re.MULTILINE)
+_WORDS_OF_SITE = re.compile(r"^sbatch: error: (?!slurm_|auth_|munge|$)", re.MULTILINE | re.IGNORECASE)
+# With these words sbatch ends before it sends anything.
+_NEVER_SENT = re.compile(
+    r'^Try "sbatch --help"|^sbatch: (error|fatal): ('
+    r"[Ii]nvalid (?!authentication|job credential)|cli_filter plugin terminated|Plugin stack post-option|"
+    r"Unable to open|This does not look like a batch script|Batch script (contains|is empty)|.*mutually exclusive)",
+    re.MULTILINE,
+)
+_NOT_CONNECTED = ("(connect failure)", "Munge encode failed")
 _UNKNOWN_JOB = "Invalid job id specified"
 # An argument list may hold about 2 MB; ids are short, but a cluster may be large.
 _CANCEL_BATCH = 1000
@@ -69,32 +96,36 @@ class SlurmClient:
 
         Raises:
             SubmitRejected: SLURM says no.
-            SlurmUnavailable: No answer. The job may exist all the same: look for it before trying again.
+            SlurmNotFound, SlurmUnavailable: It reached nobody.
+            SubmitUnanswered: Anything else. The job may exist all the same: look for it before trying again.
         """
-        done = self._sbatch("--parsable", script, environ)
+        argv = ["sbatch", "--parsable"]
         try:
+            done = self.tools.run(argv, stdin=script, environ=environ)
             return parse.parse_submitted(done.stdout)
         except ValueError as error:
-            raise SlurmParseError(done.argv, 0, done.stdout, f"{error}: {done.stdout[:200]!r}") from error
+            words = f"{error}: {done.stdout[:200]!r} {done.stderr[:200]}"
+            raise SubmitUnanswered.after(SlurmError(argv, 0, done.stdout, words)) from error
+        except SlurmNotFound:
+            raise
+        except SlurmError as error:
+            if _is_refusal(error):
+                raise _rejected(error) from error
+            if error.returncode == 1 and any(words in error.stderr for words in _NOT_CONNECTED):
+                raise
+            raise SubmitUnanswered.after(error) from error
 
     def test_submit(self, script: str, environ: Mapping[str, str] | None = None) -> str:
         """Return when and where a job could start, in sbatch's words; nothing is submitted (``--test-only``)."""
-        done = self._sbatch("--test-only", script, environ)
+        try:
+            done = self.tools.run(["sbatch", "--test-only"], stdin=script, environ=environ)
+        except (SlurmNotFound, SlurmUnavailable):
+            raise
+        except SlurmError as error:
+            raise _rejected(error) from error
         lines = (done.stderr + done.stdout).splitlines()
         said = next((line for line in lines if "to start at" in line), "sbatch takes it")
         return re.sub(r"^sbatch: Job \d+ ", "could start: ", said).replace("could start: to start", "could start")
-
-    def _sbatch(self, option: str, script: str, environ: Mapping[str, str] | None) -> Completed:
-        argv = ["sbatch", option]
-        try:
-            return self.tools.run(argv, stdin=script, environ=environ)
-        except SlurmUnavailable:
-            raise
-        except SlurmError as error:
-            if error.returncode is None:
-                raise
-            category = rejection_category(error.stderr)
-            raise SubmitRejected(argv, error.returncode, error.stdout, error.stderr, category) from error
 
     def partitions(self) -> dict[str, dict[str, str]]:
         lines = self.tools.run(["scontrol", "show", "partition", "-o"]).stdout.splitlines()
@@ -198,6 +229,28 @@ def grouped(job_ids: Iterable[str]) -> Iterator[str]:
         for start in range(0, len(indices), _CANCEL_BATCH):
             batch = indices[start : start + _CANCEL_BATCH]
             yield f"{number}_[{','.join(batch)}]" if len(batch) > 1 else f"{number}_{batch[0]}"
+
+
+def _is_refusal(error: SlurmError) -> bool:
+    """Tell whether sbatch has certainly submitted nothing."""
+    if (error.returncode or 0) <= 0 or _holds_job_id(error.stdout):
+        return False
+    before, failed, why = error.stderr.rpartition(_FAILED)
+    if not failed:
+        return bool(_NEVER_SENT.search(error.stderr))
+    return bool(_REFUSALS.match(why) or (_PLUGIN_REFUSALS.match(why) and _WORDS_OF_SITE.search(before)))
+
+
+def _holds_job_id(text: str) -> bool:
+    try:
+        return bool(parse.parse_submitted(text))
+    except ValueError:
+        return False
+
+
+def _rejected(error: SlurmError) -> SubmitRejected:
+    category = rejection_category(error.stderr)
+    return SubmitRejected(error.argv, error.returncode, error.stdout, error.stderr, category)
 
 
 def rejection_category(stderr: str) -> str:

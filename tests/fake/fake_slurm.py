@@ -8,6 +8,8 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     refuse      what sbatch says when it refuses
     refuse_with what it says to a script with a directive, by directive
     lost        sbatch submits, but gives no answer
+    sbatch_ends how sbatch ends before it submits anything, or after that, with "submits": "exit" or "signal", "out", "err"
+    late        squeue does not show what is submitted
     comment     what the site writes into the comment of every job
     squeue      what squeue prints in place of the truth; "half" cuts the last line
     calls       counted by tool (written, not read)
@@ -53,8 +55,12 @@ def directives(script):
 
 def sbatch(faults):
     if faults.get("refuse"):
-        sys.exit(f"sbatch: error: Batch job submission failed: {faults['refuse']}")
+        *first, last = faults["refuse"].split("\n")
+        words = [*first, f"Batch job submission failed: {last}"]
+        sys.exit("\n".join(f"sbatch: error: {line}" for line in words))
     script = sys.stdin.read()
+    if "sbatch_ends" in faults and not faults["sbatch_ends"].get("submits"):
+        end(faults["sbatch_ends"])
     jobs = load("jobs.json", [])
     options = directives(script)
     for name, words in faults.get("refuse_with", {}).items():
@@ -74,15 +80,28 @@ def sbatch(faults):
             "comment": faults.get("comment", options.get("comment", "(null)")),
             "options": options,
             "cluster": os.environ.get("SLURM_CLUSTERS", ""),
+            "forgotten": bool(faults.get("late")),
         }
         for index in range(last + 1)
     )
     save("jobs.json", jobs)
     (HERE / f"script-{number}.sh").write_text(script)
+    if "sbatch_ends" in faults:
+        end(faults["sbatch_ends"])
     if faults.get("lost"):
         sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     print("*** Welcome ***")
     print(f"{number};{os.environ['SLURM_CLUSTERS']}" if "SLURM_CLUSTERS" in os.environ else number)
+
+
+def end(how):
+    sys.stdout.write(how.get("out", ""))
+    sys.stderr.write(how.get("err", ""))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "signal" in how:
+        os.kill(os.getpid(), how["signal"])
+    sys.exit(how.get("exit", 1))
 
 
 def squeue(faults):

@@ -182,7 +182,7 @@ FAULTS = [
     Fault("sbatch hangs", *trouble("sbatch", "exec sleep 600"), lasts_s=12, when="up"),
     Fault(
         "sbatch refuses",
-        *trouble("sbatch", "echo 'sbatch: error: Access/permission denied' >&2; exit 1"),
+        *trouble("sbatch", "echo 'sbatch: error: Batch job submission failed: Access/permission denied' >&2; exit 1"),
         lasts_s=12,
         when="up",
     ),
