@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ray_slurm_provider.backoff import LIMIT
 from ray_slurm_provider.config import NodeConfig
 from ray_slurm_provider.errors import SlurmProviderError
 
@@ -18,8 +19,10 @@ logger = logging.getLogger(__name__)
 
 # A little less than Ray waits.
 _DEFERRED_S = 570.0
+QUEUE_FULL = "slurm-queue-full"
+NODES_FULL = "slurm-nodes-full"
 # These pass by themselves: no failures at all.
-_PASSING = frozenset({"slurm-limit", "slurm-queue-full"})
+_PASSING = frozenset({LIMIT, QUEUE_FULL, NODES_FULL})
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ray_slurm_provider.backends.base import Launch
 from ray_slurm_provider.backends.launch_script import job_environment
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.config import NodeConfig
-from ray_slurm_provider.deferred_launches import DeferredLaunches, LaunchRequest
+from ray_slurm_provider.deferred_launches import NODES_FULL, QUEUE_FULL, DeferredLaunches, LaunchRequest
 from ray_slurm_provider.errors import (
     ConfigError,
     LaunchDelayed,
@@ -163,13 +163,20 @@ class WorkerLauncher:
             return None
         waiting = f"{count - fitting} jobs of type {request.node_type} have to wait"
         reason = f"{waiting}: no more than {by} may be in the queue (max_queued_jobs)"
-        return LaunchDelayed("slurm-queue-full", reason, allowed=fitting)
+        return LaunchDelayed(QUEUE_FULL, reason, allowed=fitting)
 
-    def _limit_nodes(self, request: LaunchRequest, count: int) -> None:
+    def _limit_nodes(self, request: LaunchRequest, count: int) -> LaunchDelayed | None:
         rules = rules_in_force(self._cluster.settings)
-        if rules is not None and count:
-            in_slurm = [node_id for node_id in self._cluster.nodes() if not node_id.startswith(LOGIN_PREFIX)]
-            rules.check_nodes(len(in_slurm) + count, f"available_node_types.{request.node_type}")
+        most = rules.limits.max_nodes if rules is not None else None
+        if rules is None or most is None:
+            return None
+        in_slurm = [node_id for node_id in self._cluster.nodes() if not node_id.startswith(LOGIN_PREFIX)]
+        fitting = min(count, max(0, most - len(in_slurm)))
+        if fitting == count:
+            return None
+        path, waiting = f"available_node_types.{request.node_type}", f"{count - fitting} nodes have to wait"
+        reason = rules.refusal(path, waiting, "limits.max_nodes", f"at most {most}, the head included")
+        return LaunchDelayed(NODES_FULL, str(reason), allowed=fitting)
 
     def _submit(self, request: LaunchRequest, count: int) -> None:
         environ = self._cluster.directory.environment() or job_environment(self._environ)

@@ -14,6 +14,7 @@ from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
 from ray_slurm_provider.node_provider import SlurmNodeProvider
 from ray_slurm_provider.nodes import KIND_HEAD, TAG_KIND, TAG_TYPE
+from ray_slurm_provider.site_rules import SiteFile, SiteLimits
 
 CONFIG = NodeConfig()
 
@@ -86,6 +87,20 @@ def test_a_full_queue_is_no_failure_and_is_filled_up_as_jobs_start(make_monitor,
     clock.now += 2
     monitor.launch_deferred()
     assert len(fake_slurm.jobs()) == 6
+
+
+def test_places_below_the_sites_number_of_nodes_are_filled_as_they_become_free(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(site=SiteFile(site="here", source="/x", limits=SiteLimits(max_nodes=4)))
+    assert len(_create(monitor, 6)) == 3
+    monitor.launch_deferred()
+    assert len(fake_slurm.jobs()) == 4
+    for ended, submitted in ((["2_0"], 5), (["2_1", "2_2", "5"], 7)):
+        for job in ended:
+            fake_slurm.change(job, state="COMPLETED")
+        clock.now += 2
+        monitor.nodes()
+        monitor.launch_deferred()
+        assert len(fake_slurm.jobs()) == submitted
 
 
 def test_slurms_own_limit_is_no_failure_either(make_monitor, fake_slurm, clock):

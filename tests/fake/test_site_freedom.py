@@ -14,7 +14,6 @@ from ray_slurm_provider.deferred_launches import DeferredLaunches
 from ray_slurm_provider.errors import (
     ConfigError,
     LaunchDelayed,
-    SiteRuleError,
     SlurmUnavailable,
     StateError,
     SubmitRejected,
@@ -133,13 +132,16 @@ def test_a_node_type_has_a_number_of_its_own(make, fake_slurm):
 
 
 def test_the_sites_number_of_nodes_holds_whatever_the_yaml_became(make, fake_slurm):
-    rules = SiteFile(site="here", source="/x", limits=SiteLimits(max_nodes=2))
+    rules = SiteFile(site="here", source="/x", limits=SiteLimits(max_nodes=5))
     head = make().create_head("head", CONFIG, HEAD)
     monitor = make(head, site=rules)
     monitor.create_workers("worker", CONFIG, WORKER, 1)
-    with pytest.raises(SiteRuleError, match=r"limits\.max_nodes of here"):
+    with pytest.raises(LaunchDelayed, match=r"3 nodes have to wait: limits\.max_nodes of here"):
+        monitor.create_workers("worker", CONFIG, WORKER, 6)
+    assert len(fake_slurm.jobs()) == 5
+    with pytest.raises(LaunchDelayed, match="1 nodes have to wait"):
         monitor.create_workers("worker", CONFIG, WORKER, 1)
-    assert len(fake_slurm.jobs()) == 2
+    assert len(fake_slurm.jobs()) == 5
 
 
 def test_one_of_several_slurms_whatever_the_shell_says(make, fake_slurm):
