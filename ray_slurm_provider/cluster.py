@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.backends.places import Places
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.batch_script import log_path
+from ray_slurm_provider.birth_certificate import job_id_of
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir, log_tail
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -29,16 +30,17 @@ from ray_slurm_provider.errors import (
     SlurmNotFound,
     StateError,
 )
-from ray_slurm_provider.launch_control import LaunchControl
+from ray_slurm_provider.launch_control import End, LaunchControl
 from ray_slurm_provider.listing import Listing
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node
-from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.client import SlurmClient, grouped
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.worker_launcher import WorkerLauncher
 
 logger = logging.getLogger(__name__)
 
 _CLEANUP_TIMEOUT_S = 120.0
+_OBITUARIES = 3
 
 
 class Cluster:
@@ -277,28 +279,32 @@ class Cluster:
         diary = self.directory.diary()
         self._listing.look(diary.tags)
         self.launches.load(diary.launches)
-        for node in self._listing.ended:
-            self._note_end(node)
-        if self._is_autoscaler:
-            workers = (node for node in self._listing.nodes.values() if node.seen.alive and not node.is_head)
-            doomed = self.launches.watch(workers)
-            try:
-                self._backend.terminate(doomed)
-            except SlurmError as error:
-                logger.warning("they could not be cancelled; that is tried again: %s", error)
-            else:
-                if doomed:
-                    self._listing.invalidate()
+        if not self._is_autoscaler:
+            return  # whoever waits for a node tells the user of its end
+        ended = [
+            End(node, self.directory.reason(node.node_id), log_tail(self.log_of(node.node_id)))
+            for node in self._listing.ended
+            if not node.is_head
+        ]
+        workers = (node for node in self._listing.nodes.values() if node.seen.alive and not node.is_head)
+        doomed, failed = self.launches.look(workers, ended)
+        self._tell_of(failed)
+        try:
+            self._backend.terminate(doomed)
+        except SlurmError as error:
+            logger.warning("they could not be cancelled; that is tried again: %s", error)
+        else:
+            if doomed:
+                self._listing.invalidate()
 
     @property
     def _is_autoscaler(self) -> bool:
         return bool(self._environ.get(GCS_ADDRESS_VARIABLE))
 
-    def _note_end(self, node: Node) -> None:
-        if node.is_head or not self._is_autoscaler:
-            return  # whoever waits for it tells the user
-        reason = self.directory.reason(node.node_id)
-        if self.launches.ended(node, reason, log_tail(self.log_of(node.node_id))):
+    def _tell_of(self, failed: Sequence[Node]) -> None:
+        """Say how jobs failed, of a few in words: SLURM is asked about each of those."""
+        for node in failed[:_OBITUARIES]:
             logger.warning("%s", self.obituary(node.node_id))
-        else:
-            logger.info("job %s ended (%s)", node.node_id, node.seen.state)
+        others = [job_id_of(node.node_id) for node in failed[_OBITUARIES:]]
+        if others:
+            logger.warning("%d more jobs failed: %s", len(others), " ".join(grouped(others)))

@@ -176,13 +176,13 @@ class ClusterDir:
             self._diary.rename(aside)
 
     @contextmanager
-    def change_diary(self) -> Iterator[Diary]:
+    def change_diary(self, wait_s: float = _LOCK_TIMEOUT_S) -> Iterator[Diary]:
         """Change the diary under its lock; no SLURM command may run meanwhile.
 
         Raises:
             StateError: Somebody else holds the lock for too long, or the diary can be neither read nor written now.
         """
-        with self._locked("state.lock", _LOCK_TIMEOUT_S):
+        with self._locked("state.lock", wait_s):
             try:
                 diary = self._read_diary()
             except OSError as error:

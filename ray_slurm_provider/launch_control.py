@@ -5,8 +5,9 @@ them, people see them, and `ray-slurm resume` can strike them out.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from ray_slurm_provider.backoff import NEVER, Backoff
 from ray_slurm_provider.cluster_dir import ClusterDir
@@ -24,6 +25,8 @@ HOPELESS_S = 5.0
 # Longer than the end of a job takes after its agent has said goodbye, KillWait and an epilogue included.
 STALE_S = 45.0
 LOG_LINES = 8
+# The autoscaler does not stand still for a lock: what it cannot note now, it notes with the next look.
+_NOTE_S = 2.0
 # How a job ends without having failed: somebody wanted it.
 _NO_FAILURE = frozenset({"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "PREEMPTED", "REVOKED"})
 _UNSTARTABLE = "unstartable"  # SLURM would never start it
@@ -31,6 +34,17 @@ _UNSTARTABLE = "unstartable"  # SLURM would never start it
 # in its books, until somebody cancels them. Ray would wait for such a node for ever, and count on it.
 _STALE = "stale"
 _PATIENCE_S = {_UNSTARTABLE: HOPELESS_S, _STALE: STALE_S}
+
+
+Change: TypeAlias = Callable[[Backoff], object]
+
+
+class End(NamedTuple):
+    """How a node ended, by what it left."""
+
+    node: Node
+    reason: str  # why it did not come up, by its job's own words; "" when it says nothing
+    log: list[str]  # the last lines of its job's log
 
 
 @dataclass
@@ -78,11 +92,21 @@ class LaunchControl:
         self._workers.update((node_id, _Worker(submitted_at=now)) for node_id in node_ids)
 
     def refused(self, node_type: str, reason: str, category: str) -> None:
-        now = self._wall_clock()
-        self._change(lambda backoff: backoff.refused(node_type, reason, now, category))
+        self._change([self._refusal(node_type, reason, category)])
 
-    def watch(self, workers: Iterable[Node]) -> list[str]:
-        """Note how living workers do; return those whose jobs have to be cancelled, for Ray counts on them."""
+    def look(self, workers: Iterable[Node], ended: Iterable[End]) -> tuple[list[str], list[Node]]:
+        """Note how living workers do and how others ended, in one change of the diary.
+
+        Returns:
+            The nodes whose jobs have to be cancelled, for Ray counts on them; and those that failed.
+        """
+        changes: list[Change] = []
+        failed = [end.node for end in ended if self._has_failed(end, changes)]
+        doomed = self._watch(workers, changes)
+        self._change(changes)
+        return doomed, failed
+
+    def _watch(self, workers: Iterable[Node], changes: list[Change]) -> list[str]:
         now = self._clock()
         doomed = []
         for node in workers:
@@ -93,34 +117,44 @@ class LaunchControl:
                 worker.ready_since = now if worker.ready_since is None else worker.ready_since
                 worker.settled = now - worker.ready_since >= SETTLED_S
                 if worker.settled:
-                    self._succeeded(node)
+                    changes += self._success(node)
         for node_type, node in {node.tags.get(TAG_TYPE, ""): node for node in doomed if node.seen.queued}.items():
             reason = f"{node.label}: {in_words(node.seen.reason)}"
-            self.refused(node_type, reason, NEVER)
+            changes.append(self._refusal(node_type, reason, NEVER))
             logger.error("jobs of type %s are withdrawn, SLURM would never start them: %s", node_type, reason)
         return [node.node_id for node in doomed]
 
-    def ended(self, node: Node, reason: str, log: list[str]) -> bool:
-        """Note that a node ended, with what its job says about that, if anything; return whether it failed."""
+    def _has_failed(self, end: End, changes: list[Change]) -> bool:
+        node = end.node
         worker = self._workers.pop(node.node_id, _Worker())
-        failed = bool(reason) or node.seen.state not in _NO_FAILURE
+        failed = bool(end.reason) or node.seen.state not in _NO_FAILURE
         settled = worker.ready_since is None or self._clock() - worker.ready_since >= SETTLED_S
-        now = self._wall_clock()
         if failed and not (node.came_up and settled):
-            self._change(
-                lambda backoff: backoff.failed(
-                    node.tags.get(TAG_TYPE, ""),
-                    f"{node.label}: {reason or node.seen.state}",
-                    now,
-                    host=node.seen.place,
-                    log=log[-LOG_LINES:],
-                    submitted_at=worker.submitted_at,
-                    pause_after=self._pause_after,
-                )
-            )
+            changes.append(self._failure(end, worker.submitted_at))
         elif not failed and node.came_up:
-            self._succeeded(node)
+            changes += self._success(node)
         return failed
+
+    def _failure(self, end: End, submitted_at: float | None) -> Change:
+        node, now = end.node, self._wall_clock()
+        return lambda backoff: backoff.failed(
+            node.tags.get(TAG_TYPE, ""),
+            f"{node.label}: {end.reason or node.seen.state}",
+            now,
+            host=node.seen.place,
+            log=end.log[-LOG_LINES:],
+            submitted_at=submitted_at,
+            pause_after=self._pause_after,
+        )
+
+    def _refusal(self, node_type: str, reason: str, category: str) -> Change:
+        now = self._wall_clock()
+        return lambda backoff: backoff.refused(node_type, reason, now, category)
+
+    def _success(self, node: Node) -> list[Change]:
+        node_type, host = node.tags.get(TAG_TYPE, ""), node.seen.place
+        known = node_type in self._backoff.types or host in self._backoff.hosts
+        return [lambda backoff: backoff.succeeded(node_type, host)] if known else []
 
     def summary(self) -> list[str]:
         return self._backoff.summary(self._wall_clock())
@@ -132,25 +166,22 @@ class LaunchControl:
         with self._directory.change_diary() as diary:
             return diary.launches.resume(node_type)
 
-    def _succeeded(self, node: Node) -> None:
-        node_type, host = node.tags.get(TAG_TYPE, ""), node.seen.place
-        if node_type in self._backoff.types or host in self._backoff.hosts:
-            self._change(lambda backoff: backoff.succeeded(node_type, host))
-
-    def _change(self, change: Callable[[Backoff], object]) -> None:
-        change(self._backoff)
-        if not self._directory.exists:
+    def _change(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            change(self._backoff)
+        if not (changes or self._unsaved) or not self._directory.exists:
             return
         try:
-            with self._directory.change_diary() as diary:
+            with self._directory.change_diary(_NOTE_S) as diary:
                 if self._unsaved:
                     diary.launches = self._backoff
                 else:
-                    change(diary.launches)
+                    for change in changes:
+                        change(diary.launches)
             self._unsaved = False
         except StateError as error:
             self._unsaved = True
-            logger.warning("what became of launches cannot be noted: %s", error)
+            logger.warning("what became of launches cannot be noted now: %s", error)
 
 
 def _is_doomed(node: Node, worker: _Worker, now: float) -> bool:
