@@ -82,7 +82,7 @@ class Backoff:
         record.failures += 1
         record.counted = now
         record.until = now + _wait_s(record.failures - FAILURES_BEFORE_BACKOFF)
-        record.paused = pause_after is not None and record.failures >= pause_after
+        record.paused |= pause_after is not None and record.failures >= pause_after
         record.category = "slurm-paused" if record.paused else "slurm-backoff"
 
     def _host_failed(self, host: str, reason: str, now: float) -> None:

@@ -288,6 +288,8 @@ class Cluster:
         ]
         workers = (node for node in self._listing.nodes.values() if node.seen.alive and not node.is_head)
         doomed, failed = self.launches.look(workers, ended)
+        for end in ended:
+            logger.info("job %s ended (%s)", end.node.node_id, end.node.seen.state)
         self._tell_of(failed)
         try:
             self._backend.terminate(doomed)
@@ -295,6 +297,7 @@ class Cluster:
             logger.warning("they could not be cancelled; that is tried again: %s", error)
         else:
             if doomed:
+                self._listing.cancelled(doomed)
                 self._listing.invalidate()
 
     @property

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 from ray_slurm_provider.backoff import NEVER, Backoff
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import LaunchDelayed, StateError
-from ray_slurm_provider.nodes import TAG_TYPE, Node
+from ray_slurm_provider.nodes import TAG_TYPE, VANISHED, Node
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
 
@@ -127,16 +127,19 @@ class LaunchControl:
     def _has_failed(self, end: End, changes: list[Change]) -> bool:
         node = end.node
         worker = self._workers.pop(node.node_id, _Worker())
-        failed = bool(end.reason) or node.seen.state not in _NO_FAILURE
+        well = node.came_up if node.seen.state == VANISHED else node.seen.state in _NO_FAILURE
+        failed = bool(end.reason) or not well
         settled = worker.ready_since is None or self._clock() - worker.ready_since >= SETTLED_S
         if failed and not (node.came_up and settled):
             changes.append(self._failure(end, worker.submitted_at))
-        elif not failed and node.came_up:
+        elif not failed and node.came_up and node.seen.state != VANISHED:
             changes += self._success(node)
         return failed
 
     def _failure(self, end: End, submitted_at: float | None) -> Change:
         node, now = end.node, self._wall_clock()
+        # Elements of an array that somebody cancels while they wait vanish, too.
+        traceless = node.seen.state == VANISHED and not (end.reason or end.log or node.report)
         return lambda backoff: backoff.failed(
             node.tags.get(TAG_TYPE, ""),
             f"{node.label}: {end.reason or node.seen.state}",
@@ -144,7 +147,7 @@ class LaunchControl:
             host=node.seen.place,
             log=end.log[-LOG_LINES:],
             submitted_at=submitted_at,
-            pause_after=self._pause_after,
+            pause_after=None if traceless else self._pause_after,
         )
 
     def _refusal(self, node_type: str, reason: str, category: str) -> Change:

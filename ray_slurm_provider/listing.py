@@ -11,7 +11,7 @@ from ray_slurm_provider.backends.base import Launch, NodeBackend, Sighting
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.config import SlurmSettings
 from ray_slurm_provider.errors import SlurmParseError
-from ray_slurm_provider.nodes import Node, join
+from ray_slurm_provider.nodes import VANISHED, Node, join
 from ray_slurm_provider.report_cache import ReportCache
 from ray_slurm_provider.reports import ENDED
 
@@ -155,7 +155,11 @@ class Listing:
     def _build(self, tags: Mapping[str, Mapping[str, str]]) -> None:
         sightings = [*self._sightings, *self._lost()]
         found = join(sightings, tags, self._reports.read(sightings), self._own if self._inside else "")
-        self.ended = [node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes]
+        vanished = sorted(self.nodes.keys() - found.keys() - self._ending)
+        self.ended = [
+            *(node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes),
+            *(self._vanished(self.nodes[node_id]) for node_id in vanished),
+        ]
         self.nodes = {i: node for i, node in found.items() if node.seen.alive or i in self._unlisted}
         self._tags = tags
         self._unlisted = {}
@@ -174,6 +178,12 @@ class Listing:
             for node_id, launch in self._unlisted.items()
             if node_id not in seen_ids
         ]
+
+    def _vanished(self, node: Node) -> Node:
+        """Return a node whose end was missed, an outage or a small MinJobAge long, with what it said last."""
+        unknown = node.seen.alive or node.seen.state == _LOST
+        seen = node.seen._replace(alive=False, state=VANISHED) if unknown else node.seen
+        return node._replace(seen=seen, report=self._directory.report(node.node_id) or node.report)
 
     def _remember(self, found: Mapping[str, Node]) -> None:
         self.known.update(found)

@@ -14,6 +14,8 @@ TAG_TYPE = "ray-user-node-type"
 TAG_STATUS = "ray-node-status"
 KIND_HEAD = "head"
 STATUS_UP_TO_DATE = "up-to-date"
+# The state of a job that SLURM showed and does not know any more.
+VANISHED = "gone, and SLURM does not say how it ended"
 
 
 class Node(NamedTuple):

@@ -46,6 +46,9 @@ class FakeSlurm:
         path = self.directory / "jobs.json"
         return json.loads(path.read_text()) if path.exists() else []
 
+    def job(self, job_id):
+        return next(job for job in self.jobs() if job["id"] == job_id)
+
     def calls(self, tool):
         path = self.directory / "calls.json"
         return json.loads(path.read_text()).get(tool, 0) if path.exists() else 0
