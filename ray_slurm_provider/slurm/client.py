@@ -61,7 +61,8 @@ _NEVER_SENT = re.compile(
     re.MULTILINE,
 )
 _NOT_CONNECTED = ("(connect failure)", "Munge encode failed")
-_UNKNOWN_JOB = "Invalid job id specified"
+# All of what scontrol says of a job or a node that SLURM does not know; a wrapper's "not found" is something else.
+_UNKNOWN = re.compile(r"^(slurm_load_jobs error: Invalid job id specified|Node \S+ not found)$", re.MULTILINE)
 # An argument list may hold about 2 MB; ids are short, but a cluster may be large.
 _CANCEL_BATCH = 1000
 
@@ -181,14 +182,19 @@ class SlurmClient:
         return [facts["NodeAddr"] for facts in self.nodes() if facts.get("NodeAddr")]
 
     def _show(self, what: str, name: str) -> str | None:
+        """Return what scontrol shows, None when SLURM says that it does not know it."""
+        argv = ["scontrol", "show", what, "-o", name]
         try:
-            return self.tools.run(["scontrol", "show", what, "-o", name]).stdout
+            done = self.tools.run(argv)
         except SlurmUnavailable:
             raise
         except SlurmError as error:
-            if _UNKNOWN_JOB in error.stderr or "not found" in error.stdout + error.stderr:
+            if error.returncode == 1 and _UNKNOWN.search(f"{error.stdout}\n{error.stderr}"):
                 return None
             raise
+        if f"{what.capitalize()}{'Id' if what == 'job' else 'Name'}=" not in done.stdout:
+            raise SlurmParseError(argv, 0, done.stdout, f"scontrol does not show the {what}: {done.stdout[:200]!r}")
+        return done.stdout
 
     def answers(self) -> bool:
         """Tell whether the controller answers (``scontrol ping``)."""

@@ -11,6 +11,7 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     sbatch_ends how sbatch ends before it submits anything, or after that, with "submits": "exit" or "signal", "out", "err"
     late        squeue does not show what is submitted
     comment     what the site writes into the comment of every job
+    scontrol    what scontrol prints in place of the truth, on its standard error when it fails, and its exit code
     squeue      what squeue prints in place of the truth; "half" cuts the last line
     calls       counted by tool (written, not read)
 """
@@ -165,6 +166,10 @@ def scontrol(faults):
     if sys.argv[1:3] == ["show", "config"]:
         print(f"MaxArraySize            = {faults.get('says_max_array_size', 1001)}")
         return
+    if "scontrol" in faults:
+        words, code = faults["scontrol"]
+        (sys.stderr if code else sys.stdout).write(words)
+        sys.exit(code)
     found = False
     for job in load("jobs.json", []):
         number, _, index = job["id"].partition("_")

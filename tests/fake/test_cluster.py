@@ -150,6 +150,31 @@ def test_a_job_that_the_answer_lacks_is_asked_for_before_it_counts_as_gone(monit
     assert worker not in monitor.nodes()
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("/usr/local/bin/scontrol: line 3: /opt/slurm/bin/scontrol: command not found\n", 127),
+        ("module slurm not found\n", 1),
+        ("scontrol: error: Invalid job id specified by the wrapper\n", 1),
+        ("Invalid job id specified\n", 77),
+        ("", 0),
+        ("*** Welcome ***\n", 0),
+    ],
+)
+def test_what_a_wrapper_says_is_no_word_of_slurms(monitor, fake_slurm, clock, words, code):
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert worker in monitor.nodes()
+    fake_slurm.change(worker.partition("-")[0], forgotten=True)
+    fake_slurm.faults(scontrol=(words, code))
+    clock.now += 10
+    with pytest.raises(SlurmError):
+        monitor.nodes()
+    fake_slurm.faults()
+    fake_slurm.change(worker.partition("-")[0], forgotten=False)
+    clock.now += 10
+    assert worker in monitor.nodes()
+
+
 @pytest.mark.parametrize("trace", ["tags", "report"])
 def test_a_new_process_does_not_believe_that_the_head_is_gone_either(
     login, head_id, fake_slurm, settings, clock, trace
