@@ -35,6 +35,7 @@ from ray_slurm_provider.listing import Listing
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node
 from ray_slurm_provider.slurm.client import SlurmClient, grouped
 from ray_slurm_provider.slurm.process import SlurmTools
+from ray_slurm_provider.slurm.reasons import ELSEWHERE
 from ray_slurm_provider.worker_launcher import WorkerLauncher
 
 logger = logging.getLogger(__name__)
@@ -291,6 +292,7 @@ class Cluster:
         for end in ended:
             logger.info("job %s ended (%s)", end.node.node_id, end.node.seen.state)
         self._tell_of(failed)
+        doomed += [node.node_id for node in failed if node.seen.state == ELSEWHERE]
         try:
             self._backend.terminate(doomed)
         except SlurmError as error:

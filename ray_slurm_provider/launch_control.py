@@ -14,7 +14,7 @@ from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import LaunchDelayed, StateError
 from ray_slurm_provider.nodes import TAG_TYPE, VANISHED, Node
 from ray_slurm_provider.reports import ENDED
-from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
+from ray_slurm_provider.slurm.reasons import ELSEWHERE, STARTED_ELSEWHERE, in_words, waits_for_ever
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LOG_LINES = 8
 # The autoscaler does not stand still for a lock: what it cannot note now, it notes with the next look.
 _NOTE_S = 2.0
 # How a job ends without having failed: somebody wanted it.
-_NO_FAILURE = frozenset({"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "PREEMPTED", "REVOKED"})
+_NO_FAILURE = frozenset({"CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "PREEMPTED"})
 _UNSTARTABLE = "unstartable"  # SLURM would never start it
 # A controller that crashes forgets its last seconds, and with them the ends of jobs: after its return they run again,
 # in its books, until somebody cancels them. Ray would wait for such a node for ever, and count on it.
@@ -130,7 +130,7 @@ class LaunchControl:
         well = node.came_up if node.seen.state == VANISHED else node.seen.state in _NO_FAILURE
         failed = bool(end.reason) or not well
         settled = worker.ready_since is None or self._clock() - worker.ready_since >= SETTLED_S
-        if failed and not (node.came_up and settled):
+        if failed and (node.seen.state == ELSEWHERE or not (node.came_up and settled)):
             changes.append(self._failure(end, worker.submitted_at))
         elif not failed and node.came_up and node.seen.state != VANISHED:
             changes += self._success(node)
@@ -140,14 +140,16 @@ class LaunchControl:
         node, now = end.node, self._wall_clock()
         # Elements of an array that somebody cancels while they wait vanish, too.
         traceless = node.seen.state == VANISHED and not (end.reason or end.log or node.report)
+        elsewhere = node.seen.state == ELSEWHERE
         return lambda backoff: backoff.failed(
             node.tags.get(TAG_TYPE, ""),
-            f"{node.label}: {end.reason or node.seen.state}",
+            f"{node.label}: {STARTED_ELSEWHERE if elsewhere else end.reason or node.seen.state}",
             now,
-            host=node.seen.place,
+            host="" if elsewhere else node.seen.place,
             log=end.log[-LOG_LINES:],
             submitted_at=submitted_at,
-            pause_after=None if traceless else self._pause_after,
+            # The next one would go there, too.
+            pause_after=1 if elsewhere else None if traceless else self._pause_after,
         )
 
     def _refusal(self, node_type: str, reason: str, category: str) -> Change:

@@ -122,6 +122,14 @@ def _controller(site: Site) -> Iterator[Finding]:
             yield Finding("controller", FAILURE, str(error), "is slurmctld up? try: scontrol ping")
 
 
+def _federation(site: Site) -> Iterator[Finding]:
+    name = site.slurm.federation()
+    if name:
+        text = f"the federation {name} may start jobs on another of its clusters, where nothing is seen of them"
+        advice = "keep jobs on this cluster, by --cluster-constraint in provider.slurm.sbatch_extra, or ask the site"
+        yield Finding("federation", WARNING, text, advice)
+
+
 def _partitions(site: Site) -> Iterator[Finding]:
     partitions = site.slurm.partitions()
     nodes = site.slurm.nodes()
@@ -255,5 +263,17 @@ def _probe_jobs(site: Site) -> Iterator[Finding]:
         yield from look_around(site.settings, site.accepted, site.environ, site.probe_wait_s, site.login)
 
 
-_CHECKS = (_tools, _controller, _partitions, _submissions, _state_dir, _python, _address, _host, _programs, _probe_jobs)
+_CHECKS = (
+    _tools,
+    _controller,
+    _federation,
+    _partitions,
+    _submissions,
+    _state_dir,
+    _python,
+    _address,
+    _host,
+    _programs,
+    _probe_jobs,
+)
 _NEEDED_BY_OTHERS = ("tools", "munge", "controller")

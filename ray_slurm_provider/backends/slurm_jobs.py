@@ -17,6 +17,7 @@ from ray_slurm_provider.errors import (
     SubmitUnanswered,
 )
 from ray_slurm_provider.slurm.client import SlurmClient
+from ray_slurm_provider.slurm.reasons import ELSEWHERE, STARTED_ELSEWHERE
 from ray_slurm_provider.slurm.types import Job, JobState, Meaning, element_ids
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class SlurmJobs:
         """Cancel jobs, each only if the job of that id still is ours: SLURM gives ids out again."""
         if not node_ids:
             return
-        ours = {sighting.node_id for sighting in self.sightings() if sighting.alive}
+        ours = {seen.node_id for seen in self.sightings() if seen.alive or seen.state == ELSEWHERE}
         doomed = [node_id for node_id in node_ids if node_id in ours]
         self._client.cancel(job_id_of(node_id) for node_id in doomed)
         for node_id in doomed:
@@ -108,7 +109,11 @@ class SlurmJobs:
             end = self._client.job_end(job_id_of(node_id))
         except SlurmError as error:
             return f"its end is not known: {error}"
-        return "SLURM does not know it any more" if end is None else str(end)
+        if end is None:
+            return "SLURM does not know it any more"
+        if end.state != ELSEWHERE:
+            return str(end)
+        return f"{end}: {STARTED_ELSEWHERE}\n  `scancel {job_id_of(node_id)}` ends it there"
 
     def _certificate(self, comment: str, job_name: str) -> BirthCertificate | None:
         return read_certificate(comment) or self._births.of_job(job_name)

@@ -61,6 +61,7 @@ _NEVER_SENT = re.compile(
     re.MULTILINE,
 )
 _NOT_CONNECTED = ("(connect failure)", "Munge encode failed")
+_SHOWN = {"job": "JobId=", "node": "NodeName="}
 # All of what scontrol says of a job or a node that SLURM does not know; a wrapper's "not found" is something else.
 _UNKNOWN = re.compile(r"^(slurm_load_jobs error: Invalid job id specified|Node \S+ not found)$", re.MULTILINE)
 # An argument list may hold about 2 MB; ids are short, but a cluster may be large.
@@ -137,6 +138,12 @@ class SlurmClient:
         lines = self.tools.run(["scontrol", "show", "node", "-o"]).stdout.splitlines()
         return [facts for line in lines if "NodeName" in (facts := parse.parse_show(line))]
 
+    def federation(self) -> str:
+        """Return the name of the federation that the cluster is in, "" when it is in none."""
+        shown = self.tools.run(["scontrol", "show", "federation"]).stdout
+        found = re.search(r"^Federation:\s*(\S+)", shown, re.MULTILINE)
+        return found.group(1) if found else ""
+
     def configuration(self) -> dict[str, str]:
         return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
 
@@ -192,7 +199,7 @@ class SlurmClient:
             if error.returncode == 1 and _UNKNOWN.search(f"{error.stdout}\n{error.stderr}"):
                 return None
             raise
-        if f"{what.capitalize()}{'Id' if what == 'job' else 'Name'}=" not in done.stdout:
+        if _SHOWN[what] not in done.stdout:
             raise SlurmParseError(argv, 0, done.stdout, f"scontrol does not show the {what}: {done.stdout[:200]!r}")
         return done.stdout
 

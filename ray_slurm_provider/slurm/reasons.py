@@ -2,6 +2,13 @@
 
 from functools import lru_cache
 
+# With --local a federation's job that another cluster has started looks ended (squeue(1), JOB STATE CODES).
+ELSEWHERE = "REVOKED"
+STARTED_ELSEWHERE = (
+    "another cluster of the federation has started the job, where nothing is seen of it: keep jobs on this one, by"
+    " --cluster-constraint in sbatch_extra, or ask the site"
+)
+
 _WORDS = {
     "AccountNotAllowed": "the partition is not for this account",
     "AssocGrpCpuLimit": "your account has as many CPUs as it may have",

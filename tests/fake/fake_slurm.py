@@ -12,6 +12,7 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     late        squeue does not show what is submitted
     comment     what the site writes into the comment of every job
     scontrol    what scontrol prints in place of the truth, on its standard error when it fails, and its exit code
+    federation  what scontrol shows of the federation
     squeue      what squeue prints in place of the truth; "half" cuts the last line
     calls       counted by tool (written, not read)
 """
@@ -154,7 +155,7 @@ def scancel(faults):
     jobs = load("jobs.json", [])
     doomed = set(named(sys.argv[1:]))
     for job in jobs:
-        if doomed & {job["id"], job["id"].partition("_")[0]} and job["state"] in ("PENDING", "RUNNING"):
+        if doomed & {job["id"], job["id"].partition("_")[0]} and job["state"] in ("PENDING", "RUNNING", "REVOKED"):
             job["state"] = "CANCELLED"
     save("jobs.json", jobs)
 
@@ -162,6 +163,9 @@ def scancel(faults):
 def scontrol(faults):
     if sys.argv[1:2] == ["ping"]:
         print("Slurmctld(primary) at fake is UP")
+        return
+    if sys.argv[1:3] == ["show", "federation"]:
+        print(faults.get("federation", ""), end="")
         return
     if sys.argv[1:3] == ["show", "config"]:
         print(f"MaxArraySize            = {faults.get('says_max_array_size', 1001)}")

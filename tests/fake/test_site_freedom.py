@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from fake.harness import HEAD, WORKER
+from ray_slurm_provider import preflight
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -18,6 +20,7 @@ from ray_slurm_provider.errors import (
     StateError,
     SubmitRejected,
 )
+from ray_slurm_provider.findings import WARNING
 from ray_slurm_provider.nodes import TAG_TYPE
 from ray_slurm_provider.reports import NodeReport, write_report
 from ray_slurm_provider.site_rules import SiteFile, SiteLimits
@@ -152,3 +155,35 @@ def test_one_of_several_slurms_whatever_the_shell_says(make, fake_slurm):
     assert set(cluster.nodes()) == {head}
     cluster.terminate([head])
     assert [job["state"] for job in fake_slurm.jobs()] == ["CANCELLED"]
+
+
+def test_a_job_that_another_cluster_of_a_federation_starts_is_cancelled_and_its_type_pauses(make, fake_slurm):
+    head = make().create_head("head", CONFIG, HEAD)
+    monitor = make(head)
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    monitor.nodes()
+    fake_slurm.change(2, state="REVOKED")
+    # On a shared file system its report is seen here.
+    write_report(monitor.directory.reports, NodeReport(worker, "ready", ready_at=1), head=False)
+    monitor.nodes()
+    assert fake_slurm.job("2")["state"] == "CANCELLED"
+    with pytest.raises(LaunchDelayed, match="it pauses until.*another cluster of the federation has started the job"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    assert len(fake_slurm.jobs()) == 2
+
+
+def test_a_head_that_another_cluster_of_a_federation_starts_is_told(make, fake_slurm):
+    cluster = make()
+    head = cluster.create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="REVOKED")
+    assert "another cluster of the federation has started the job" in cluster.obituary(head)
+    assert "`scancel 1` ends it there" in cluster.obituary(head)
+
+
+def test_the_check_names_a_federation(make, fake_slurm):
+    site = SimpleNamespace(slurm=make().slurm_client())
+    assert list(preflight._federation(site)) == []
+    fake_slurm.faults(federation="Federation: both\nSelf:       here:127.0.0.1:6817 ID:1 FedState:ACTIVE Features:\n")
+    (finding,) = preflight._federation(site)
+    assert finding.level == WARNING
+    assert "the federation both may start jobs on another" in finding.text
