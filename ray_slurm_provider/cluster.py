@@ -61,7 +61,9 @@ class Cluster:
         self.directory = ClusterDir(settings.directory(), name)
         self._environ = dict(os.environ if environ is None else environ)
         self._backend = backend or Places(
-            SlurmJobs(self.slurm_client(), name, self.directory.fingerprint, BirthRecords(self.directory.births)),
+            SlurmJobs(
+                self.slurm_client(), name, self.directory.fingerprint, BirthRecords(self.directory.births, clock)
+            ),
             LoginProcess(self.directory, name),
         )
         self._lock = threading.Lock()

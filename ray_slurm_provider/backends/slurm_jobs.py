@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from ray_slurm_provider.backends.base import Launch, Sighting
 from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
@@ -35,7 +36,10 @@ class SlurmJobs:
 
     def sightings(self) -> list[Sighting]:
         """Return this cluster's jobs, by one squeue."""
-        return [seen for row in self._client.jobs() for seen in self._of_row(row)]
+        rows = self._client.jobs()
+        found = [seen for row in rows for seen in self._of_row(row)]
+        self._prune(rows)
+        return found
 
     def batch_size(self, launch: Launch) -> int:
         if not launch.head or not launch.settings.job_arrays:
@@ -62,7 +66,7 @@ class SlurmJobs:
             job_id = self._find(certificate, error)
         except (SubmitRejected, SlurmNotFound):
             if in_file:
-                self._births.forget(certificate)
+                self._births.forget(certificate.token)
             raise
         if not launch.head:
             # Whoever watches `ray up` is told; workers are submitted by the head, in the same way.
@@ -117,6 +121,13 @@ class SlurmJobs:
 
     def _certificate(self, comment: str, job_name: str) -> BirthCertificate | None:
         return read_certificate(comment) or self._births.of_job(job_name)
+
+    def _prune(self, rows: Iterable[Job]) -> None:
+        """Delete the records of jobs that are gone for long, when the controller itself says that it knows none."""
+        for token, number in self._births.unneeded((row.name, row.job_id.partition("_")[0]) for row in rows):
+            with suppress(SlurmError, OSError):
+                if not self._client.array_facts(number):
+                    self._births.forget(token)
 
     def _refuse_unrecognised(self, certificate: BirthCertificate, job_id: str) -> None:
         """Cancel a job by which the site has left nothing to know it by.

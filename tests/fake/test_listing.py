@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from fake.harness import HEAD, WORKER, Clock
+from fake.fake_slurm import HEADER
+from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider import listing
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
@@ -255,3 +257,98 @@ def test_an_end_that_slurm_forgets_is_seen_although_another_node_has_just_had_ne
     while fake_slurm.calls("scancel") == cancelled:
         asked(1)
         assert clock.now - before < 90
+
+
+@pytest.fixture
+def filed(fake_slurm, tmp_path, clock):
+    """A cluster with its birth records in files, as its autoscaler sees it; the site writes into comments."""
+    fake_slurm.faults(comment="billed")
+    settings = SlurmSettings(state_dir=str(tmp_path / "filed"), default_python="/x", birth_record="file", **EAGER)
+    head_id = Cluster("c", settings, fake_slurm.environ).create_head("head", CONFIG, HEAD)
+    fake_slurm.change(1, state="RUNNING")
+    return Cluster("c", settings, fake_slurm.of_head(head_id), clock=clock, wall_clock=clock)
+
+
+def test_records_of_jobs_are_read_once_and_other_jobs_have_none(filed, fake_slurm, clock):
+    filed.create_workers("worker", CONFIG, WORKER, 30)
+    names = [f"my-{number:06}" for number in range(40)]
+    jobs = fake_slurm.jobs()
+    others = [{**jobs[0], "id": str(number), "name": name} for number, name in enumerate(names, 100)]
+    (fake_slurm.directory / "jobs.json").write_text(json.dumps([*jobs, *others]))
+    clock.now += 10
+    with _opened_below(str(filed.directory.births)) as opened:
+        for _ in range(20):
+            assert len(filed.nodes()) == 31
+            clock.now += 60
+    # At the beginning, and now and then whether they have got one after all.
+    assert len(opened) <= 31 + 4 * len(names)
+    with _opened_below(str(filed.directory.births)) as opened:
+        for _ in range(5):
+            filed.nodes()
+            clock.now += 2
+    assert opened == []
+
+
+def test_a_record_that_another_host_sees_late_is_found(filed, fake_slurm, clock):
+    (worker,) = filed.create_workers("worker", CONFIG, WORKER, 1)
+    record = filed.directory.births / f"{worker.partition('-')[2]}.birth"
+    for away_s in (30, 700):
+        person = Cluster("c", filed.settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+        hidden = record.rename(record.with_suffix(".hidden"))
+        assert worker not in person.nodes()
+        for _ in range(away_s // 10):
+            clock.now += 10
+            person.nodes()
+        hidden.rename(record)
+        clock.now += 600 if away_s > 60 else 10
+        assert worker in person.nodes()
+
+
+def test_records_of_jobs_that_are_gone_for_long_are_deleted_and_no_others(filed, fake_slurm, clock):
+    living = filed.create_workers("worker", CONFIG, WORKER, 2)
+    hidden = filed.create_workers("worker", CONFIG, WORKER, 2)
+    gone = [filed.create_workers("worker", CONFIG, WORKER, 2)[0] for _ in range(15)]
+    filed.nodes()
+
+    def records():
+        return {path.stem for path in filed.directory.births.iterdir()}
+
+    def look(seconds):
+        for _ in range(seconds // 100):
+            clock.now += 100
+            with suppress(SlurmError):
+                filed.nodes()
+
+    everything = records()
+    tokens = {node_id.partition("-")[2] for node_id in gone}
+    assert len(everything) == 18
+    _change_all(fake_slurm, gone, state="FAILED")
+    look(1000)
+    _change_all(fake_slurm, gone, forgotten=True, purged=True)
+    _change_all(fake_slurm, hidden, forgotten=True)  # of these the controller knows
+    look(3000)
+    assert records() == everything
+    fake_slurm.faults(comment="billed", down=["squeue"])
+    look(3000)
+    assert records() == everything
+    fake_slurm.faults(
+        comment="billed", squeue=HEADER + "\n", scontrol=("slurm_load_jobs error: Invalid job id specified\n", 1)
+    )
+    look(3000)
+    assert records() == everything
+    fake_slurm.faults(comment="billed")
+    look(1000)
+    assert records() == everything - tokens
+    _change_all(fake_slurm, hidden, forgotten=False)
+    look(200)
+    assert {*living, *hidden} <= set(filed.nodes())
+
+
+def _change_all(fake_slurm, node_ids, **fields):
+    """Change the jobs of launches."""
+    numbers = {node_id.partition("_")[0] for node_id in node_ids}
+    jobs = fake_slurm.jobs()
+    for job in jobs:
+        if job["id"].partition("_")[0] in numbers:
+            job.update(fields)
+    (fake_slurm.directory / "jobs.json").write_text(json.dumps(jobs))
