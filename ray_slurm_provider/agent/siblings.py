@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
 
 if TYPE_CHECKING:
     from ray_slurm_provider.agent.spec import AgentSpec
@@ -38,8 +39,19 @@ class Siblings:
         except SlurmError as error:
             logger.warning("the cluster's other jobs could not be cancelled: %s", error)
 
+    def cancel_orphans(self) -> None:
+        """Cancel them for a head that cannot do it any more; that it cannot be reached from here is no proof of that."""
+        if self.head_ended():
+            self.cancel()
+        else:
+            logger.info("the cluster's other jobs are left alone: nobody says that the head has ended")
+
     def head_ended(self) -> bool:
-        """Tell whether the head's job has positively ended; a controller that has lost its list says nothing."""
+        """Tell whether the head has positively ended, by its own word or by SLURM's about its job."""
+        said = read_report(ReportPaths(self._spec.directory).report(self._head))
+        return (said is not None and said.phase == ENDED) or self._job_ended()
+
+    def _job_ended(self) -> bool:
         if self._spec.login_node or self._head.startswith("login-"):
             return False
         try:
@@ -47,12 +59,13 @@ class Siblings:
         except SlurmError:
             return False
         head = jobs.get(job_id_of(self._head))
-        if head is not None:
-            certificate = self._certificate(head)
-            if certificate is not None and certificate.node_id(head.job_id) == self._head:
-                return not head.alive
-        # It knows us, and so its list is whole.
-        return job_id_of(self._node_id) in jobs
+        if head is None:
+            # A controller that has lost its list says nothing; this one knows us, and so its list is whole.
+            return job_id_of(self._node_id) in jobs
+        certificate = self._certificate(head)
+        # A job whose record cannot be read now may be the head's.
+        another = certificate is not None and certificate.node_id(head.job_id) != self._head
+        return another or not head.alive
 
     def _works_for_the_head(self, job: Job) -> bool:
         if not job.alive or job.job_id == job_id_of(self._node_id):

@@ -9,8 +9,8 @@ waits for Ray's output, for signals and for time; there are no threads. What it 
 * SIGTERM (scancel, or the end of the time limit): Ray is ended and cleaned up after.
 * SIGUSR1 (SLURM announces the time limit): ``ray start`` gets SIGTERM and moves its work away (drains).
 * on a head, Ray's autoscaler: it is started here, and again when it was killed.
-* on a worker, the head is positively gone: the job ends, and the cluster's other jobs are cancelled, for
-  a head that was killed can no longer do that itself.
+* on a worker, the head is lost: the job ends; and the cluster's other jobs are cancelled when SLURM or the
+  head's own report says that it ended, for a head that was killed can no longer do that itself.
 * on a head, the files by which commands ask it to restart Ray, or to end (`reports.ReportPaths`).
 """
 
@@ -146,9 +146,9 @@ class Supervisor:
             raise StartError(str(error)) from error
         self._publish(phase=STARTING, address=address, ports=self._place.ports, temp_dir=str(self._place.temp_dir))
         if not self._spec.is_head and (reason := self._head.why_not_start(self._signals)):
-            if self._head.known_gone:
+            if not self._signals:
                 # Nobody else may be left to do that.
-                self._siblings.cancel()
+                self._siblings.cancel_orphans()
             raise StartError(reason)
         if self._spec.tls:
             tls.make_certificate(self._authority, self._certificate, [address, *network.own_addresses()])
@@ -315,9 +315,9 @@ class Supervisor:
         if self._raylet is not None and not procfs.alive(self._raylet):
             # Also after a drain by the autoscaler: `ray start --block` stays when the raylet ended in order.
             return "the raylet ended", 0
-        if not self._spec.is_head and self._head.is_gone():
-            self._siblings.cancel()
-            return f"the head {self._spec.head} is gone", 0
+        if not self._spec.is_head and (gone := self._head.why_gone()):
+            self._siblings.cancel_orphans()
+            return gone, 0
         if (self._spec.is_head or self._report.phase == READY) and self._keeping.due():
             self._keep_reports()
             if self._spec.is_head:

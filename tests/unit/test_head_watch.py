@@ -54,50 +54,64 @@ def watch(tmp_path, clock, state):
     return HeadWatch(spec, lambda: state.get("job ended", False))
 
 
-def _head_says(tmp_path, node_id, phase):
-    write_report(ReportPaths(tmp_path), NodeReport(node_id, phase), head=True)
+def _head_says(tmp_path, node_id, phase, time=0.0):
+    write_report(ReportPaths(tmp_path), NodeReport(node_id, phase, time=time), head=True)
 
 
 def test_a_head_that_answers_is_there(watch):
     assert watch.why_not_start([]) == ""
-    assert not watch.is_gone()
+    assert not watch.why_gone()
 
 
 def test_a_head_that_cannot_be_reached_is_gone_when_slurm_says_so(watch, state, clock):
     state["state"] = "unreachable"
-    assert not watch.is_gone()
+    assert not watch.why_gone()
     state["job ended"] = True
     clock.advance(6)
-    assert not watch.is_gone()  # SLURM is not asked every time
+    assert not watch.why_gone()  # SLURM is not asked every time
     clock.advance(16)
-    assert watch.is_gone()
+    assert "has ended" in watch.why_gone()
     clock.advance(16)
-    assert "is gone" in watch.why_not_start([])
-    assert watch.known_gone
+    assert "has ended" in watch.why_not_start([])
 
 
-def test_one_refusal_is_enough_before_the_start_and_not_later(watch, state, clock):
+def test_only_refusals_for_a_while_are_enough(watch, state, clock):
     state["state"] = "refused"
-    assert "is gone" in watch.why_not_start([])
-    assert not watch.is_gone()
+    assert not watch.why_gone()
     clock.advance(14)
-    assert not watch.is_gone()
+    assert not watch.why_gone()
     clock.advance(6)
-    assert watch.is_gone()
+    assert "refused connections for 15 s" in watch.why_gone()
+
+
+def test_refusals_for_a_while_keep_a_node_from_starting_and_one_does_not(watch, state, clock, monkeypatch):
+    began, state["state"] = clock.now, "refused"
+    assert "or a firewall" in watch.why_not_start([])
+    assert 14 < clock.now - began < 18
+    state["state"] = "open"
+    assert watch.why_not_start([]) == ""
+    state["state"] = "refused"
+
+    def sleep(seconds):
+        clock.advance(seconds)
+        state["state"] = "open"
+
+    monkeypatch.setattr(head_watch.time, "sleep", sleep)
+    assert watch.why_not_start([]) == ""
 
 
 def test_a_head_that_comes_back_is_forgiven(watch, state, clock):
     for answer in ("refused", "open", "refused"):
         state["state"] = answer
         clock.advance(10)
-        assert not watch.is_gone()
+        assert not watch.why_gone()
 
 
 def test_what_cannot_be_reached_is_not_gone_but_keeps_a_node_from_starting(watch, state, clock):
     state["state"] = "unknown"
     for _ in range(100):
         clock.advance(60)
-        assert not watch.is_gone()
+        assert not watch.why_gone()
     began = clock.now
     assert "provider.slurm.interface" in watch.why_not_start([])
     assert 15 < clock.now - began < 40
@@ -115,22 +129,35 @@ def test_its_own_word_and_another_head_are_evidence(watch, clock, tmp_path, node
     _head_says(tmp_path, "1-a", "ready")
     for _ in range(2):
         clock.advance(10)
-        assert not watch.is_gone()
-    _head_says(tmp_path, node_id, phase)
+        assert not watch.why_gone()
+    _head_says(tmp_path, node_id, phase, time=1.0)
     clock.advance(60)
-    assert watch.is_gone()
+    assert "has ended" in watch.why_gone()
+
+
+@pytest.mark.parametrize("phase", ["ready", "ended"])
+@pytest.mark.parametrize("own_word", [True, False])
+def test_the_report_of_the_head_before_is_no_evidence(watch, clock, tmp_path, phase, own_word):
+    """The disk was full when the present head should have written its own over it."""
+    _head_says(tmp_path, "1-a", "ready", time=2.0)
+    if not own_word:
+        ReportPaths(tmp_path).report("1-a").unlink()
+    _head_says(tmp_path, "0-z", phase, time=1.0)
+    assert watch.why_not_start([]) == ""
+    clock.advance(60)
+    assert not watch.why_gone()
 
 
 def test_a_head_that_goes_in_order_is_gone_at_once(watch, state, clock, tmp_path):
-    assert not watch.is_gone()
+    assert not watch.why_gone()
     _head_says(tmp_path, "1-a", "ended")
     state["state"] = "refused"
     clock.advance(6)
-    assert watch.is_gone()
+    assert "has ended" in watch.why_gone()
 
 
 def test_a_head_that_stays_is_connected_to_once(watch, state, clock):
     for _ in range(100):
         clock.advance(1)
-        assert not watch.is_gone()
+        assert not watch.why_gone()
     assert state["connections"] == 1
