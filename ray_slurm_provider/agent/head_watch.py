@@ -92,7 +92,7 @@ class HeadWatch:
         return self._line.open(_CHECK_S)
 
     def _replaced(self) -> bool:
-        """Tell whether the head says that it ended, or another one took its place since; a missing file says nothing."""
+        """Tell whether the head says that it ended, or another took its place since; a missing file says nothing."""
         head = read_report(self._paths.head)
         if head is None or head.node_id == self._spec.head:
             return head is not None and head.phase == ENDED

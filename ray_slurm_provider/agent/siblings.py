@@ -40,7 +40,7 @@ class Siblings:
             logger.warning("the cluster's other jobs could not be cancelled: %s", error)
 
     def cancel_orphans(self) -> None:
-        """Cancel them for a head that cannot do it any more; that it cannot be reached from here is no proof of that."""
+        """Cancel them for a head that has ended; that it cannot be reached from here proves nothing."""
         if self.head_ended():
             self.cancel()
         else:

@@ -68,8 +68,10 @@ T = TypeVar("T")
 logger = logging.getLogger("ray_slurm_provider.agent")
 
 _LOOP_S = 1.0
-# Stays below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
+# From the first step of the end on Ray has so long to end in order, and what is left so long to die. Together they stay
+# below SLURM's KillWait, which is 30 s by default and 5 s on some sites.
 _GRACE_S = 3.0
+_KILL_S = 1.0
 _START_ATTEMPTS = 3
 # How often a node looks after what it has written. Thousands of workers shall not keep a file system busy.
 _HEAD_KEEPS_S = 5.0
@@ -230,7 +232,7 @@ class Supervisor:
             else:
                 return reason, code
             self._publish(phase=STARTING)
-            self._end_processes()
+            self._end_processes(time.monotonic() + _GRACE_S)
             if restarting:
                 # Now that no autoscaler can ask for more.
                 self._siblings.cancel()
@@ -342,12 +344,13 @@ class Supervisor:
 
     def _finish(self, reason: str, code: int) -> None:
         logger.info("the node ends: %s", reason)
+        deadline = time.monotonic() + _GRACE_S
         if self._spec.is_head:
             # Before the end of Ray takes its time: the controller may kill us at any moment now.
             # From the report on, the autoscaler submits nothing more.
             self._publish(phase=ENDED, reason=reason)
             self._siblings.cancel()
-        self._end_processes()
+        self._end_processes(deadline)
         if self._spec.is_head:
             # What it submitted at the very last.
             self._siblings.cancel()
@@ -358,16 +361,16 @@ class Supervisor:
             self._publish(phase=ENDED, reason=reason)
         self._place.give_back()
 
-    def _end_processes(self) -> None:
-        """End everything below this process, the autoscaler first, also what it inherited as subreaper."""
+    def _end_processes(self, deadline: float) -> None:
+        """End everything below this process, the autoscaler first, and Ray by force when the time has come."""
         if self._monitor is not None:
             self._monitor.end()
             self._monitor = None
         if self._child is not None and self._child.poll() is None:
             self._child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(_GRACE_S)
-        kernel.end_descendants(_GRACE_S)
+                self._child.wait(max(deadline - time.monotonic(), 0))
+        kernel.end_descendants(_KILL_S)
 
     def clean_up_after_kill(self) -> None:
         """Do in the guard what a killed agent cannot do any more; it ends the processes itself."""
