@@ -77,7 +77,7 @@ def _read_common(text: str) -> BirthCertificate | None:
             head=str(body["h"]),
             tags={str(key): str(value) for key, value in body["g"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

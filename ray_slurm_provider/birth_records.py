@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
-from ray_slurm_provider.files import write_atomically
+from ray_slurm_provider.files import read_text, write_atomically
 
 _TOKEN = re.compile(r"-([a-z0-9]{6})$")
 
@@ -81,7 +81,7 @@ class BirthRecords:
 
     def _read(self, token: str) -> BirthCertificate | None:
         try:
-            return read_certificate(self._path(token).read_text(encoding="utf-8"))
+            return read_certificate(read_text(self._path(token)))
         except FileNotFoundError:
             self._missed.setdefault(token, self._clock())
         except (OSError, UnicodeDecodeError):

@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 
 from ray_slurm_provider.backoff import Backoff, read_backoff
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.files import read_json_object, write_atomically, write_json
+from ray_slurm_provider.files import is_gone, open_file, read_json_object, read_text, write_atomically, write_json
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class ClusterDir:
     @property
     def missing(self) -> str:
         """What a node cannot start without and is positively gone, "" when all of it is there or nobody can tell."""
-        return next((str(path) for path in self.reports.needed if _is_gone(path)), "")
+        return next((str(path) for path in self.reports.needed if is_gone(path)), "")
 
     def prepare(self) -> None:
         """Make the directory with everything that a head needs in it; nothing that is there is changed.
@@ -152,10 +152,10 @@ class ClusterDir:
     def _read_diary(self) -> Diary:
         """Read the diary; a broken one is put aside, one that the file system does not let us read stays (OSError)."""
         try:
-            value = json.loads(self._diary.read_bytes())
+            value = json.loads(read_text(self._diary))
         except FileNotFoundError:
             return Diary()
-        except (IsADirectoryError, ValueError):
+        except (IsADirectoryError, ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             self._put_aside()
@@ -262,8 +262,8 @@ class ClusterDir:
 
     def _autoscaler_config(self) -> dict[str, Any]:
         try:
-            config = yaml.safe_load(self.bootstrap_config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            config = yaml.safe_load(read_text(self.bootstrap_config))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
         return config if isinstance(config, dict) else {}
 
@@ -303,16 +303,6 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be removed: {error.strerror or error}") from error
 
 
-def _is_gone(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        pass
-    return False
-
-
 def _read_tags(value: Any) -> dict[str, dict[str, str]]:
     given = value if isinstance(value, dict) else {}
     return {
@@ -325,7 +315,7 @@ def _read_tags(value: Any) -> dict[str, dict[str, str]]:
 def log_tail(path: Path, lines: int = 15) -> list[str]:
     """Return the last lines of a log, none when there is no log."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 65536))
             text = file.read().decode(errors="replace")

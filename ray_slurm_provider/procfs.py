@@ -27,8 +27,11 @@ class Process(NamedTuple):
 
 def find(pid: int) -> Process | None:
     """Return the process with this id; None for a dead one and for a zombie."""
-    text = _read(pid, "stat").decode(errors="replace")
-    before, _, after = text.rpartition(")")
+    return _parse_stat(pid, _read(pid, "stat"))
+
+
+def _parse_stat(pid: int, stat: bytes) -> Process | None:
+    before, _, after = stat.decode(errors="replace").rpartition(")")
     fields = after.split()
     # The name may hold anything; after its closing bracket come the state, the parent, and as 22nd field the start.
     if len(fields) < 20 or fields[0] in "ZX":
@@ -68,8 +71,13 @@ def descendants(root: int) -> list[Process]:
 
 
 def alive(process: Process) -> bool:
-    """Tell whether this very process still runs."""
-    now = find(process.pid)
+    """Tell whether this very process still runs; as long as /proc cannot be read, for want of files, it counts so."""
+    try:
+        now = _parse_stat(process.pid, Path(f"/proc/{process.pid}/stat").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
+        return True
     return now is not None and now.start == process.start
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ray_slurm_provider.files import read_json_object, write_json
+from ray_slurm_provider.files import read_json_object, read_text, write_json
 
 STARTING = "starting"
 READY = "ready"
@@ -107,7 +107,7 @@ def read_report(path: Path) -> NodeReport | None:
 
 def read_reason(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        return read_text(path, errors="replace").strip()
     except OSError:
         return ""
 
@@ -131,5 +131,5 @@ def _from_json(value: dict[str, Any]) -> NodeReport | None:
             ready_at=float(value.get("ready_at", 0)),
             time=float(value.get("time", 0)),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None

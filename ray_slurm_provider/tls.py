@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.files import random_name, write_atomically
+from ray_slurm_provider.files import random_name, read_text, write_atomically
 
 
 def make_authority(directory: Path, cluster: str) -> None:
@@ -47,7 +47,7 @@ def make_certificate(authority: Path, target: Path, addresses: Iterable[str]) ->
     """
     names = dict.fromkeys(["localhost", socket.gethostname()])
     try:
-        texts = [(authority / name).read_text(encoding="ascii") for name in ("ca.crt", "ca.key")]
+        texts = [read_text(authority / name) for name in ("ca.crt", "ca.key")]
         text = _certificates().new_certificate(*texts, names, dict.fromkeys(["127.0.0.1", "::1", *addresses]))
     except (OSError, ValueError) as error:
         raise StateError(f"no certificate can be made with the authority in {authority}: {error}") from error

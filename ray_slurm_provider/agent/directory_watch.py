@@ -32,10 +32,11 @@ class DirectoryWatch:
         if self._clock() >= self._touch_at:
             self._touch_at = self._clock() + _TOUCH_S
             self._untouched = (Path(folder, name) for folder, _, names in os.walk(self._root) for name in names)
-        for path in itertools.islice(self._untouched, _FILES_AT_ONCE):
-            with contextlib.suppress(OSError):
-                if path.lstat().st_uid == os.getuid():
-                    os.utime(path, follow_symlinks=False)
+        with contextlib.suppress(RecursionError):  # directories a thousand deep
+            for path in itertools.islice(self._untouched, _FILES_AT_ONCE):
+                with contextlib.suppress(OSError):
+                    if path.lstat().st_uid == os.getuid():
+                        os.utime(path, follow_symlinks=False)
 
     def is_deleted(self) -> bool:
         """Tell whether it is positively gone: what held it is still there, on the same file system."""

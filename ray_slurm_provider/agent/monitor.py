@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ray_slurm_provider.agent import kernel
-from ray_slurm_provider.files import write_atomically
+from ray_slurm_provider.files import read_text, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,25 +54,37 @@ class Monitor:
             self._child = None
             if self._starts == 1 and code > 0 and now - self._started < _HEALTHY_S:
                 return f"Ray's autoscaler ended at once with exit code {code}; see monitor.err and monitor.log"
-            self._delay_s = _FIRST_DELAY_S if now - self._started > _HEALTHY_S else self._delay_s * 2 or _FIRST_DELAY_S
-            self._next_start = now + min(self._delay_s, _LONGEST_DELAY_S)
-            logger.warning("Ray's autoscaler ended (%s); another one takes over", _how(code))
+            self._wait(now, _how(code))
         if now >= self._next_start:
-            self._starts += 1
-            self._started = now
-            self._child = subprocess.Popen(
-                self._command,
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=kernel.die_with_parent,  # noqa: PLW1509 this process has no threads
-            )
+            try:
+                self._start(now)
+            except OSError as error:
+                self._wait(now, f"it cannot be started now: {error}")
         return ""
 
+    def _start(self, now: float) -> None:
+        self._started = now
+        # Without its configuration Ray's would end at once, and the head with it.
+        self._copy.stat()
+        self._child = subprocess.Popen(
+            self._command,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=kernel.die_with_parent,  # noqa: PLW1509 this process has no threads
+        )
+        self._starts += 1
+
+    def _wait(self, now: float, why: str) -> None:
+        self._delay_s = _FIRST_DELAY_S if now - self._started > _HEALTHY_S else self._delay_s * 2 or _FIRST_DELAY_S
+        self._next_start = now + min(self._delay_s, _LONGEST_DELAY_S)
+        logger.warning("Ray's autoscaler does not run (%s); another one is started", why)
+
     def _update_copy(self) -> None:
+        """Copy what is new; what cannot be read now is tried again at the next look."""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             found = self._written.stat()
             if (found.st_ino, found.st_mtime_ns) != self._copied:
-                write_atomically(self._copy, self._written.read_text(encoding="utf-8"))
+                write_atomically(self._copy, read_text(self._written))
                 self._copied = found.st_ino, found.st_mtime_ns
 
     def end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import ipaddress
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,7 @@ class Line:
             self._socket = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET)
             self._socket.settimeout(timeout_s)
             self._socket.connect(self._address)
-        except OSError as error:
+        except (OSError, ValueError, TypeError, OverflowError) as error:  # all but the first for what is no address
             self.close()
             return "refused" if isinstance(error, ConnectionRefusedError) else "unknown"
         self._socket.setblocking(False)
@@ -135,8 +136,8 @@ class Line:
         if self._socket is None:
             return False
         try:
-            while self._socket.recv(_RECEIVE_BYTES):
-                pass
+            if self._socket.recv(_RECEIVE_BYTES):
+                return True
         except BlockingIOError:
             return True
         except OSError:
@@ -198,7 +199,7 @@ def _towards_default_route() -> list[str]:
 def _ipv4_address(interface: str) -> list[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            packed = fcntl.ioctl(probe, _SIOCGIFADDR, interface.encode().ljust(_IFREQ_BYTES, b"\0"))
+            packed = fcntl.ioctl(probe, _SIOCGIFADDR, os.fsencode(interface).ljust(_IFREQ_BYTES, b"\0"))
         except OSError:
             return []
     return [socket.inet_ntoa(packed[20:24])]

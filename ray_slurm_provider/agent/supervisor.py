@@ -43,7 +43,7 @@ from ray_slurm_provider.agent.siblings import Siblings
 from ray_slurm_provider.agent.temp_dirs import sweep_temp_dirs
 from ray_slurm_provider.birth_certificate import CERTIFICATE_VARIABLE, job_id_of
 from ray_slurm_provider.errors import SlurmError, SlurmUnavailable, StateError
-from ray_slurm_provider.files import read_json_object, write_atomically
+from ray_slurm_provider.files import is_gone, read_json_object, write_atomically
 from ray_slurm_provider.reports import (
     BOOTSTRAP_CONFIG,
     ENDED,
@@ -408,10 +408,10 @@ class Supervisor:
     def _keep_reports(self) -> None:
         """Write again what this node has written and what is not there any more."""
         reports = [self._paths.report(self._node_id), *([self._paths.head] if self._spec.is_head else [])]
-        if self._unpublished or not all(path.exists() for path in reports):
+        if self._unpublished or any(map(is_gone, reports)):
             self._publish()
         exports = self._paths.environment(self._node_id)
-        if exports.parent.is_dir() and not exports.exists():
+        if is_gone(exports) and not is_gone(exports.parent):
             self._write_exports()
 
     def _write_exports(self) -> None:

@@ -120,7 +120,8 @@ def _lives(note: dict[str, Any]) -> bool:
         return True
     if note.get("boot") != procfs.boot_id():
         return False
-    return bool(note.get("start")) and _start_time(int(note.get("pid", 0))) == note.get("start")
+    pid = note.get("pid")
+    return isinstance(pid, int) and bool(note.get("start")) and _start_time(pid) == note.get("start")
 
 
 def _start_time(pid: int) -> str:

@@ -176,8 +176,7 @@ class LoginProcess:
             if head.boot_id != procfs.boot_id():
                 return False, f"{head.host} was rebooted"
             self._reap()
-            now = procfs.find(head.pid)
-            alive = now is not None and now.start == head.start
+            alive = procfs.alive(procfs.Process(head.pid, 0, "", head.start))
             return alive, "" if alive else self._last_words(head) or f"process {head.pid} is gone"
         return self._life_elsewhere(head.node_id, head.host)
 

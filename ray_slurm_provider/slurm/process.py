@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ray_slurm_provider.errors import SlurmError, SlurmNotFound, SlurmUnavailable
+from ray_slurm_provider.files import is_gone
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class SlurmTools(NamedTuple):
 def _require_configuration(argv: Sequence[str], env: Mapping[str, str]) -> None:
     # With a SLURM_CONF that does not exist every tool retries for 59 s (measured, 22.05).
     conf = env.get("SLURM_CONF")
-    if conf and not Path(conf).exists():
+    if conf and is_gone(Path(conf)):
         raise SlurmNotFound(argv, None, "", f"SLURM_CONF names {conf}, which does not exist")
 
 

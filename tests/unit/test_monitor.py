@@ -19,6 +19,7 @@ def start(tmp_path, monkeypatch):
     pids = tmp_path / "pids"
     made = []
     written, copy = tmp_path / "written", tmp_path / "copy"
+    written.write_text("a: 0")
 
     def start(script):
         made.append(Monitor(["bash", "-c", f"echo $$ >> {pids}; {script}"], dict(os.environ), written, copy))
@@ -85,3 +86,35 @@ def test_it_reads_what_was_written_last_also_when_that_is_deleted(start, tmp_pat
     written.unlink()
     assert monitor.tend() == ""
     assert copy.read_text() == "a: 2"
+
+
+def test_it_is_not_started_without_its_configuration_and_that_ends_no_head(start, tmp_path, caplog):
+    (tmp_path / "written").unlink()
+    monitor = start("exec sleep 60")
+    assert monitor.tend() == ""
+    assert "cannot be started now" in caplog.text
+    assert start.pids() == []
+    (tmp_path / "written").write_text("a: 1")
+
+    def begun():
+        assert monitor.tend() == ""
+        return start.pids()
+
+    wait_for(begun, 10, "its start", poll_s=0.02)
+
+
+def test_a_host_that_has_no_process_left_for_it_ends_no_head(start, monkeypatch):
+    monitor = start("exec sleep 60")
+
+    def no_process(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.subprocess, "Popen", no_process)
+        assert monitor.tend() == ""
+
+    def begun():
+        assert monitor.tend() == ""
+        return start.pids()
+
+    wait_for(begun, 10, "its start", poll_s=0.02)
