@@ -79,6 +79,8 @@ HEAD_PORTS = (*_HEAD_FLAGS, "autoscaler_metrics", "dashboard_metrics", *NODE_POR
 WORKER_PORTS_BESIDES_TASKS = 6
 # The metrics pages tell everybody everything: no token protects them. This is no port, so nothing listens.
 _NO_METRICS = "-1"
+# Bash refuses to set these (bash(1), "Shell Variables"); a failing `export` would keep each command from running.
+_READ_ONLY = "BASHOPTS|BASH_VERSINFO|EUID|PPID|SHELLOPTS|UID"
 # `ray start` drains until a little before the end, so that its processes still end in order.
 _DRAIN_MARGIN_S = 10
 
@@ -200,8 +202,9 @@ def access_environment(cluster_dir: Path, *, token_auth: bool) -> dict[str, str]
 
 def shell_environment(environ: Mapping[str, str], access: Mapping[str, str]) -> str:
     """Return shell lines that give a command on the node the environment of its job."""
-    left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_)$")
-    kept = {name: value for name, value in environ.items() if name.isidentifier() and not left_out.match(name)}
+    left_out = re.compile(rf"SLURM|RAY_OVERRIDE|({CERTIFICATE_VARIABLE}|PWD|OLDPWD|SHLVL|_|{_READ_ONLY})$")
+    exportable = (name for name in environ if name.isascii() and name.isidentifier())
+    kept = {name: environ[name] for name in exportable if not left_out.match(name)}
     variables = {**CONNECTION_ENVIRONMENT, **kept, **access}
     # The caller's shell may be set up for another cluster.
     clean = 'unset "${!RAY_@}"\n'

@@ -143,6 +143,22 @@ def test_a_broken_connection_is_noticed_soon_unless_somebody_wants_it_otherwise(
     assert f"export {name}=5\n" in shell_environment({name: "5"}, {})
 
 
+ODD_NAMES = ["été", "变量", "BASH_FUNC_x%%", "a.b", "a-b", "1a", "", "é\udcff", "A B", "ﬁ"]
+READ_ONLY = ["UID", "EUID", "PPID", "SHELLOPTS", "BASHOPTS", "BASH_VERSINFO"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, *READ_ONLY])
+def test_a_variable_that_the_shell_cannot_export_keeps_no_command_from_running(tmp_path, name):
+    environ = {name: "5", "GOOD": "it's", "RAW": os.fsdecode(b"caf\xe9 \xff")}
+    # One alone, and as the last that is exported.
+    for access in ({"RAY_ADDRESS": "x"}, {}):
+        write_atomically(tmp_path / "exports", shell_environment(environ, access))
+        command = f'. {tmp_path}/exports && printf "%s\\0" "$GOOD" "$RAW"'
+        done = subprocess.run(["bash", "-c", command], env={"PATH": os.environ["PATH"]}, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == b"it's\0caf\xe9 \xff\0"
+
+
 @pytest.mark.parametrize(
     ("max_workers", "period_ms"), [(0, "200"), (8, "200"), (49, "500"), (99, "1000"), (5000, "1000"), (None, "1000")]
 )
