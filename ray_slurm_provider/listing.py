@@ -53,8 +53,8 @@ class Listing:
         self._directory = directory
         self._clock = clock
         self._own = environ.get(INSTANCE_VARIABLE, "")
-        self._inside = environ.get("RAY_SLURM_DIR") == str(directory.root)
         self._patient = bool(environ.get(GCS_ADDRESS_VARIABLE))
+        self._inside = self._patient and environ.get("RAY_SLURM_DIR") == str(directory.root)
         self._rest_s = float(settings.listing_interval_s)
         self._reports = ReportCache(directory.reports, clock, eager=not self._patient)
         self._sightings: list[Sighting] = []

@@ -29,7 +29,7 @@ _ONE_YEAR_S = "31536000"
 _LAUNCH_BATCH = "100"
 # How many it may wait for; those of a type that may not be launched now shall not keep other types waiting.
 _LAUNCHES = "1000"
-# What the autoscaler tells the workers that it submits.
+# What the autoscaler tells the workers that it submits; by it a process is known to be the autoscaler.
 GCS_ADDRESS_VARIABLE = "RAY_SLURM_GCS_ADDRESS"
 # By this one autoscaler v2 recognises the node (ray/autoscaler/v2/instance_manager).
 INSTANCE_VARIABLE = "RAY_CLOUD_INSTANCE_ID"
@@ -133,7 +133,6 @@ def _worker_ports(within: str) -> list[str]:
 def start_environment(
     spec: AgentSpec,
     resources: Mapping[str, int],
-    gcs_address: str,
     ports: Mapping[str, int],
     go: Mapping[str, object],
 ) -> dict[str, str]:
@@ -151,7 +150,6 @@ def start_environment(
         return result
     return {
         **result,
-        GCS_ADDRESS_VARIABLE: gcs_address,
         "RAY_enable_autoscaler_v2": "1",
         "RAY_USAGE_STATS_ENABLED": "1" if go.get("usage_stats", False) else "0",
         "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": _ONE_YEAR_S,

@@ -160,7 +160,7 @@ class Supervisor:
         report = self._report
         go = read_json_object(self._paths.go(self._node_id.rpartition("-")[2])) or {}
         command = ray_command.start_command(self._spec, report.address, report.ports, report.temp_dir)
-        added = ray_command.start_environment(self._spec, resources, report.gcs_address, report.ports, go)
+        added = ray_command.start_environment(self._spec, resources, report.ports, go)
         logger.info("this node has %s at %s", added["RAY_OVERRIDE_RESOURCES"], report.address)
         # What the user's `env` says about Ray's own knobs wins.
         environment = {
@@ -273,7 +273,8 @@ class Supervisor:
         report = self._report
         command = ray_command.monitor_command(report.address, report.gcs_address, report.temp_dir)
         written, copy = self._spec.directory / BOOTSTRAP_CONFIG, Path(report.temp_dir) / BOOTSTRAP_CONFIG
-        return Monitor(command, environment, written, copy)
+        # Not in the environment of Ray itself: each driver and each task on this host would pass for the autoscaler.
+        return Monitor(command, {**environment, ray_command.GCS_ADDRESS_VARIABLE: report.gcs_address}, written, copy)
 
     def _pump(self, output: object, environment: Mapping[str, str]) -> bool:
         """Hand Ray's output on to the job's log; tell whether more can come."""

@@ -100,8 +100,7 @@ def test_ray_start_has_our_options_and_says_our_word():
 def test_ray_knows_the_variables_that_the_head_sets():
     spec = AgentSpec("c", "d", "/x")
     ports = dict.fromkeys(HEAD_PORTS, 1)
-    names = set(start_environment(spec, {}, "a:1", ports, {})) - {
-        "RAY_SLURM_GCS_ADDRESS",
+    names = set(start_environment(spec, {}, ports, {})) - {
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN_PATH",
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from fake.fake_slurm import HEADER
 from fake.harness import EAGER, HEAD, WORKER, Clock
+from ray_slurm_provider import files
+from ray_slurm_provider.agent.ray_command import HEAD_PORTS, start_environment
+from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.deferred_launches import DeferredLaunches
@@ -81,6 +83,22 @@ def test_the_autoscaler_cannot_end_its_own_head(login, monitor, head_id, fake_sl
     assert set(login.nodes()) == {head_id}
     login.terminate([head_id])
     assert login.nodes() == {}
+
+
+@pytest.mark.parametrize("where", ["head", "worker"])
+def test_a_driver_on_a_node_is_not_the_autoscaler(login, monitor, settings, head_id, fake_slurm, tmp_path, where):
+    """It has what the node's job gave Ray."""
+    fake_slurm.change(head_id.partition("-")[0], state="RUNNING")
+    (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
+    place = {"RAY_CLOUD_INSTANCE_ID": head_id if where == "head" else worker}
+    environ = {**fake_slurm.environ, **place, "RAY_SLURM_DIR": str(login.directory.root)}
+    environ |= start_environment(AgentSpec("c", "d", str(tmp_path)), {}, dict.fromkeys(HEAD_PORTS, 1), {})
+    driver = Cluster("c", settings, environ)
+    with pytest.raises(StateError, match="not a head's"):
+        driver.create_workers("worker", CONFIG, WORKER, 1)
+    assert set(driver.nodes()) == {head_id, worker}
+    driver.terminate([head_id])
+    assert login.head() is None
 
 
 def test_a_listing_is_shared_for_a_moment_and_dropped_by_what_changes_it(login, head_id, fake_slurm, clock):
@@ -433,15 +451,14 @@ def test_a_head_that_slurm_would_never_start_is_cancelled_and_the_user_told(logi
 
 def test_a_diary_that_cannot_be_read_just_now_stays(login, head_id, clock, monkeypatch):
     login.set_tags(head_id, {"x": "y"})
-    read = Path.read_text
+    read = files.open_file
 
-    def stale(path, *parts, **options):
+    def stale(path):
         if path.name == "state.json":
             raise OSError(116, "Stale file handle")
-        return read(path, *parts, **options)
+        return read(path)
 
-    monkeypatch.setattr(Path, "read_text", stale)
-    monkeypatch.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(files, "open_file", stale)
     clock.now += 10
     assert head_id in login.nodes()
     with pytest.raises(StateError, match="cannot be read"):

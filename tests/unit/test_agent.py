@@ -129,7 +129,7 @@ def test_the_head_gets_its_ports_and_rays_patience():
         "--dashboard-host=1.2.3.4",
     ):
         assert word in command
-    environ = start_environment(HEAD, {"CPU": 0}, "1.2.3.4:1", PORTS, {"usage_stats": False})
+    environ = start_environment(HEAD, {"CPU": 0}, PORTS, {"usage_stats": False})
     assert environ["RAY_enable_autoscaler_v2"] == "1"
     assert environ["RAY_AUTH_MODE"] == "token"
     assert environ["RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"].isdigit()
@@ -138,7 +138,7 @@ def test_the_head_gets_its_ports_and_rays_patience():
 
 def test_a_broken_connection_is_noticed_soon_unless_somebody_wants_it_otherwise():
     name = "RAY_grpc_client_keepalive_time_ms"
-    assert start_environment(WORKER, {"CPU": 2}, "", {}, {})[name] == "60000"
+    assert start_environment(WORKER, {"CPU": 2}, {}, {})[name] == "60000"
     assert f"export {name}=60000\n" in shell_environment({}, {})
     assert f"export {name}=5\n" in shell_environment({name: "5"}, {})
 
@@ -163,7 +163,7 @@ def test_a_variable_that_the_shell_cannot_export_keeps_no_command_from_running(t
     ("max_workers", "period_ms"), [(0, "200"), (8, "200"), (49, "500"), (99, "1000"), (5000, "1000"), (None, "1000")]
 )
 def test_the_head_of_a_small_cluster_asks_its_nodes_more_often(max_workers, period_ms):
-    environ = start_environment(HEAD, {}, "1.2.3.4:1", PORTS, {"max_workers": max_workers})
+    environ = start_environment(HEAD, {}, PORTS, {"max_workers": max_workers})
     assert environ["RAY_gcs_pull_resource_loads_period_milliseconds"] == period_ms
 
 
@@ -177,7 +177,7 @@ def test_a_worker_joins_its_head():
     command = start_command(WORKER, "1.2.3.5", PORTS, "/tmp/t")
     assert "--address=1.2.3.4:5" in command
     assert command[-1] == "--x=1"
-    environ = start_environment(WORKER, {"CPU": 2}, "", {}, {})
+    environ = start_environment(WORKER, {"CPU": 2}, {}, {})
     assert json.loads(environ["RAY_OVERRIDE_LABELS"]) == {"a": "b"}
     assert "RAY_enable_autoscaler_v2" not in environ
     assert json.loads(environ["RAY_OVERRIDE_RESOURCES"]) == {"CPU": 2}
@@ -198,9 +198,9 @@ def test_worker_processes_get_ports_of_the_range():
 
 
 def test_metrics_are_closed_unless_they_are_wanted():
-    closed = start_environment(HEAD, {}, "", PORTS, {})
+    closed = start_environment(HEAD, {}, PORTS, {})
     assert (closed["RAY_enable_metrics_collection"], closed["AUTOSCALER_METRIC_PORT"]) == ("0", "-1")
-    wanted = start_environment(HEAD._replace(metrics=True), {}, "", PORTS, {})
+    wanted = start_environment(HEAD._replace(metrics=True), {}, PORTS, {})
     assert "RAY_enable_metrics_collection" not in wanted
     assert wanted["AUTOSCALER_METRIC_PORT"] == str(PORTS["autoscaler_metrics"])
 

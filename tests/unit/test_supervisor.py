@@ -11,6 +11,7 @@ import pytest
 from ray_slurm_provider.agent import head_watch, kernel, network
 from ray_slurm_provider.agent import supervisor as module
 from ray_slurm_provider.agent.pace import Pace
+from ray_slurm_provider.agent.ray_command import GCS_ADDRESS_VARIABLE
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.agent.supervisor import StartError, Supervisor
 from ray_slurm_provider.birth_certificate import BirthCertificate
@@ -282,3 +283,17 @@ def _give(supervisor, evidence):
         supervisor._slurm.rows[0] = supervisor._slurm.rows[0]._replace(state=JobState.FAILED)
     if evidence == "the head":
         write_report(ReportPaths(supervisor._spec.directory), NodeReport("1-abc", ENDED), head=True)
+
+
+def test_only_the_autoscaler_of_a_head_is_told_that_it_is_one(node, monkeypatch):
+    supervisor = node()
+    monkeypatch.setattr(supervisor, "_choose_address", lambda: "10.0.0.1")
+    monkeypatch.setattr(supervisor, "_resources", dict)
+    try:
+        _, environment = supervisor._prepare()
+    finally:
+        supervisor._place.give_back()
+    told = supervisor._new_monitor(environment)._environ
+    assert GCS_ADDRESS_VARIABLE not in environment
+    assert told[GCS_ADDRESS_VARIABLE].startswith("10.0.0.1:")
+    assert told["RAY_AUTH_TOKEN_PATH"] == environment["RAY_AUTH_TOKEN_PATH"]
