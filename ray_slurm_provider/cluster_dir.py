@@ -222,8 +222,12 @@ class ClusterDir:
 
     def login_head(self) -> LoginHead | None:
         value = read_json_object(self._login_head)
+        if value is None:
+            return None
         try:
-            return None if value is None else LoginHead(**{**value, "pid": int(value["pid"])})
+            # Another release may have written more.
+            known = {name: value[name] for name in LoginHead.__dataclass_fields__}
+            return LoginHead(**{**known, "pid": int(value["pid"])})
         except (TypeError, ValueError, KeyError):
             logger.warning("%s cannot be read", self._login_head)
             return None

@@ -1,4 +1,4 @@
-"""``python -m ray_slurm_provider.agent.canary SPEC``: a job that looks around and tells `ray-slurm check`.
+"""``python -m ray_slurm_provider.agent.canary``: a job that looks around and tells `ray-slurm check`.
 
 It judges what it finds on its host, listens where Ray would, tries to reach the others, and goes.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import host_checks, network
-from ray_slurm_provider.agent.spec import read_spec
+from ray_slurm_provider.agent.spec import take_spec
 from ray_slurm_provider.errors import SlurmError
 from ray_slurm_provider.files import read_json_object, write_json
 from ray_slurm_provider.findings import FAILURE, OK, Finding
@@ -126,7 +126,7 @@ def is_locked(path: Path) -> bool:
 
 
 def main() -> int:
-    spec = read_spec(sys.argv[1])
+    spec = take_spec(os.environ)
     root, file = spec.directory, report_path(spec.directory, os.environ["SLURM_JOB_ID"])
     lock_is_seen = is_locked(root / LOCK)
     report = look(spec, dict(os.environ))

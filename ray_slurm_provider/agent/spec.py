@@ -1,14 +1,24 @@
-"""What the node agent is told by the batch script."""
+"""What the node agent is told by the batch script.
+
+The release that submitted the job has written it, and the one that is installed when the job starts, days later, reads
+it. So fields may be added and dropped at any time: an unknown one is passed over, a missing one has its default. No
+field ever gets another type or meaning, and scripts of any age start `ray_slurm_provider.agent` with `SPEC_VARIABLE`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+SPEC_VARIABLE = "RAY_SLURM_SPEC"
 
 
 class AgentSpec(NamedTuple):
@@ -51,10 +61,17 @@ class AgentSpec(NamedTuple):
         return {**self._asdict(), "resources": dict(self.resources), "labels": dict(self.labels)}
 
 
+def take_spec(environ: MutableMapping[str, str]) -> AgentSpec:
+    """Return the spec and take it out of the environment, for what is started from here has no use for it."""
+    spec = read_spec(environ.pop(SPEC_VARIABLE))
+    # The same path, in the bytes that the script has: the locale need not be that of the process that wrote it.
+    return spec._replace(cluster_dir=environ.get("RAY_SLURM_DIR", spec.cluster_dir))
+
+
 def read_spec(text: str) -> AgentSpec:
-    value = json.loads(text)
-    unknown = set(value) - set(AgentSpec._fields)
-    if unknown:
-        raise ValueError(f"the job was submitted by another version of ray-slurm-provider: {sorted(unknown)}")
-    known: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
-    return AgentSpec(**known)
+    value: dict[str, Any] = json.loads(text)
+    if unknown := sorted(set(value) - set(AgentSpec._fields)):
+        logger.warning("the job was submitted by another release of ray-slurm-provider; passed over: %s", unknown)
+    known = {name: item for name, item in value.items() if name not in unknown}
+    arguments: dict[str, Any] = {name: tuple(item) if isinstance(item, list) else item for name, item in known.items()}
+    return AgentSpec(**arguments)

@@ -44,5 +44,6 @@ ray_slurm_become_agent() {
     fi
     ray_slurm_why=$("$ray_slurm_python" -c 'import ray_slurm_provider.agent' 2>&1) || ray_slurm_fail "the Python $ray_slurm_python on $(hostname) cannot import ray_slurm_provider (${ray_slurm_why##*$'\n'}): install it there, or activate the right environment in setup"
     trap - EXIT
-    exec "$ray_slurm_python" -u -m "${3:-ray_slurm_provider.agent}" "$2"
+    # Not as an argument: everybody on the host may read those.
+    RAY_SLURM_SPEC=$2 exec "$ray_slurm_python" -u -m "${3:-ray_slurm_provider.agent}"
 }

@@ -97,6 +97,12 @@ def _stranger(number, token="abcdef"):
     return f"login-{login_process.host_name()}-{number}-{token}"
 
 
+def test_a_record_in_which_another_release_has_written_more_is_understood(make, head):
+    record = json.loads(_record(make).read_text())
+    _record(make).write_text(json.dumps({**record, "of_tomorrow": 1}))
+    assert make().directory.login_head().node_id == head
+
+
 def test_without_a_record_a_process_is_the_head_only_with_its_certificate(make, head):
     _record(make).unlink()
     make().log_of(head).unlink()

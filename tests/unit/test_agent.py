@@ -17,7 +17,7 @@ from support import wait_for
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import network, ray_command, temp_dirs
 from ray_slurm_provider.agent.ray_command import HEAD_PORTS, shell_environment, start_command, start_environment
-from ray_slurm_provider.agent.spec import AgentSpec, read_spec
+from ray_slurm_provider.agent.spec import SPEC_VARIABLE, AgentSpec, read_spec, take_spec
 from ray_slurm_provider.files import write_atomically, write_json
 
 
@@ -246,11 +246,105 @@ def test_a_variable_that_only_jobs_have_is_no_matter_on_the_login_node(base, mon
         temp_dirs.make_temp_dir("${NO_SUCH_VARIABLE}/x")
 
 
-def test_a_spec_comes_back_as_it_was_and_one_of_another_version_is_refused():
-    text = json.dumps(WORKER.as_json())
-    assert read_spec(text) == WORKER
-    with pytest.raises(ValueError, match="another version"):
-        read_spec(json.dumps({**WORKER.as_json(), "new": 1}))
+def test_a_spec_comes_back_as_it_was():
+    assert read_spec(json.dumps(WORKER.as_json())) == WORKER
+
+
+# What a job says whose script the first release has written; the fields that it has may be dropped, and others added, but
+# jobs that wait in queues shall start.
+FIRST_RELEASE = {
+    "cluster": "c",
+    "home": "0123456789",
+    "cluster_dir": "/shared/c",
+    "login_node": False,
+    "head": "1-abcdef",
+    "gcs_address": "1.2.3.4:5",
+    "resources": {"CPU": 4},
+    "written": ["CPU"],
+    "labels": {"a": "b"},
+    "ray_start_args": ["--x=1"],
+    "epilogue": ["echo bye"],
+    "interface": "ib0",
+    "temp_dir": "/scratch",
+    "token_auth": True,
+    "tls": False,
+    "metrics": False,
+    "service_ports": "20000-20999",
+    "worker_ports": "",
+    "update_interval_s": 2,
+    "withdraw_after_s": 300,
+    "drain_s": 60,
+    "slurm_bin": "",
+    "clusters": "",
+    "command_timeout_s": 60,
+}
+
+
+def test_a_spec_of_the_first_release_is_understood():
+    spec = read_spec(json.dumps(FIRST_RELEASE))
+    assert (spec.head, spec.resources, spec.epilogue) == ("1-abcdef", {"CPU": 4}, ("echo bye",))
+    assert not spec.is_head
+
+
+def test_what_another_release_has_written_into_a_spec_is_passed_over_and_told(caplog):
+    newer = {**WORKER.as_json(), "of_tomorrow": {"x": [1]}, "renamed_s": 5}
+    assert read_spec(json.dumps(newer)) == WORKER
+    assert "['of_tomorrow', 'renamed_s']" in caplog.text
+
+
+def test_what_another_release_has_not_written_into_a_spec_has_its_default():
+    spec = read_spec(
+        '{"cluster": "c", "home": "d", "cluster_dir": "/shared/c", "head": "1-a", "gcs_address": "1.2.3.4:5"}'
+    )
+    assert spec == AgentSpec("c", "d", "/shared/c", head="1-a", gcs_address="1.2.3.4:5")
+
+
+def test_a_spec_is_taken_from_the_environment_once():
+    environ = {SPEC_VARIABLE: json.dumps(WORKER.as_json()), "RAY_SLURM_DIR": "/shared/c", "A": "b"}
+    assert take_spec(environ) == WORKER
+    assert environ == {"RAY_SLURM_DIR": "/shared/c", "A": "b"}
+
+
+@pytest.mark.parametrize("name", [b"caf\xc3\xa9", b"caf\xe9", b"\xe6\xbc\xa2", b"\xff"])
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["UTF-8", "C", "ASCII"],
+)
+def test_a_node_finds_the_clusters_directory_in_any_locale(tmp_path, name, locale):
+    """Its script has the bytes, the spec a text that `ray up` has read in its own locale."""
+    root = os.fsencode(tmp_path) + b"/" + name
+    os.mkdir(root)
+    spec = AgentSpec("c", "d", os.fsdecode(root))
+    code = (
+        "import os; from ray_slurm_provider.agent.spec import take_spec; from ray_slurm_provider import reports as r;"
+        "d = take_spec(os.environ).directory; p = r.ReportPaths(d); p.nodes.mkdir();"
+        "r.write_report(p, r.NodeReport('1-a', 'ready', reason=str(d)), head=True); assert r.read_report(p.head)"
+    )
+    environ = {"PATH": os.environ["PATH"], **locale, "RAY_SLURM_DIR": os.fsdecode(root)}
+    environ[SPEC_VARIABLE] = json.dumps(spec.as_json())
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(root + b"/nodes/1-a.json")
+
+
+def test_the_epilogue_runs_last_and_stands_in_no_argument(tmp_path):
+    """Everybody on the host may read arguments."""
+    lines = [
+        "secret=it\\'s",
+        f"tr '\\0' '\\n' < /proc/$$/cmdline > {tmp_path}/arguments",
+        f'echo "$secret" > {tmp_path}/ran',
+    ]
+    spec = AgentSpec("c", "d", str(tmp_path), epilogue=lines)
+    program = (
+        "import sys; from ray_slurm_provider.agent import __main__ as m;"
+        "m.run_guarded = lambda *_: 3; sys.exit(m.main())"
+    )
+    environ = {**os.environ, SPEC_VARIABLE: json.dumps(spec.as_json()), "RAY_CLOUD_INSTANCE_ID": "1-a"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "ran").read_text() == "it's\n"
+    assert "secret" not in (tmp_path / "arguments").read_text()
 
 
 def test_the_agent_needs_the_standard_library_only():

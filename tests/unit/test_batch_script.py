@@ -105,7 +105,7 @@ def test_values_reach_the_job_unchanged(nasty, tmp_path):
     python = tmp_path / "bin dir" / "py'thon"
     python.parent.mkdir()
     python.write_text(
-        '#!/bin/bash\n[ "$1" = -c ] && exit 0\nprintf "%s\\0" "$X" "$RAY_NODE_TYPE_NAME" "$Y" "${@: -1}"\n'
+        '#!/bin/bash\n[ "$1" = -c ] && exit 0\nprintf "%s\\0" "$X" "$RAY_NODE_TYPE_NAME" "$Y" "$RAY_SLURM_SPEC" "$*"\n'
     )
     python.chmod(0o755)
     (tmp_path / "nodes").mkdir()
@@ -128,6 +128,8 @@ def test_values_reach_the_job_unchanged(nasty, tmp_path):
     values = done.stdout.split("\n", 1)[1].split("\0")
     assert values[:3] == [nasty, nasty, nasty]
     assert json.loads(values[3]) == {"key": nasty}
+    # Everybody on the host may read arguments.
+    assert values[4] == "-u -m ray_slurm_provider.agent"
 
 
 def _quoted_for_user(text):
