@@ -2,14 +2,17 @@
 
 Between the choice and Ray's own bind another node could take a port. So each agent holds, as long as it
 lives, an abstract Unix socket (unix(7)) named after each of its ports: the kernel gives a name away once,
-to whichever user, and takes it back when the agent dies, however it dies.
+to whichever user, and takes it back when the agent dies, however it dies. Anybody can take such names, so those
+of other users are respected only as long as there are other ports; what counts is whether somebody listens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,15 +35,16 @@ class Reservation:
         self.ports: dict[str, int] = {}
         self._names: list[socket.socket] = []
 
-    def take(self, name: str, port: int) -> bool:
-        """Reserve a port that nobody has; tell whether it worked."""
+    def take(self, name: str, port: int, *, despite_strangers: bool = False) -> bool:
+        """Reserve a port that nobody has, or of which only another user has the name; tell whether it worked."""
         held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            held.bind(f"\0ray-slurm-port-{port}")
+            held.bind(_name(port))
+            held.listen()  # so that others can see whose it is
+            ours = True
         except OSError:
-            held.close()
-            return False
-        if not is_free(port):
+            ours = despite_strangers and not _is_held_by_us(port)
+        if not (ours and is_free(port)):
             held.close()
             return False
         self._names.append(held)
@@ -67,17 +71,20 @@ def reserve(names: Iterable[str], within: str = "") -> Reservation:
     wanted = list(names)
     candidates = port_range(within) if within else range(_FIRST_PORT, _first_ephemeral_port())
     reservation = Reservation()
-    first = int.from_bytes(os.urandom(4), "big")
-    for number in range(len(candidates)):
+    first = int.from_bytes(os.urandom(4), "big") % len(candidates)
+    shuffled = [*candidates[first:], *candidates[:first]]
+    for despite_strangers, port in itertools.product((False, True), shuffled):
         if len(reservation.ports) == len(wanted):
             break
-        reservation.take(wanted[len(reservation.ports)], candidates[(first + number) % len(candidates)])
+        reservation.take(wanted[len(reservation.ports)], port, despite_strangers=despite_strangers)
     found = len(reservation.ports)
     if found < len(wanted):
         reservation.release()
+        in_use = sum(not is_free(port) for port in candidates)
         raise OSError(
             f"of the ports {candidates.start}-{candidates.stop - 1} only {found} are free on {socket.gethostname()},"
-            f" and a node of this kind needs {len(wanted)}: {', '.join(wanted)}"
+            f" and a node of this kind needs {len(wanted)}: {', '.join(wanted)}; {in_use} are in use, and"
+            f" {len(candidates) - found - in_use} reserved by other nodes of yours; see provider.slurm.ports.services"
         )
     return reservation
 
@@ -100,6 +107,20 @@ def is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("", port))
         return True
+    return False
+
+
+def _name(port: int) -> str:
+    return f"\0ray-slurm-port-{port}"
+
+
+def _is_held_by_us(port: int) -> bool:
+    """Tell whether a process of this user has the name of a port, by what the kernel says of who listens there."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        probe.connect(_name(port))
+        _, user, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        return bool(user == os.getuid())
     return False
 
 

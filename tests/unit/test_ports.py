@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -74,3 +75,56 @@ def test_too_many_for_the_range_is_an_error_that_counts(free_range):
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(ValueError, match="range"):
         ports.port_range(text)
+
+
+STRANGER = """
+import os, socket, sys
+os.setgid(65534); os.setuid(65534)
+held = []
+for port in range(*map(int, sys.argv[1:3])):
+    held.append(socket.socket(socket.AF_UNIX))
+    held[-1].bind(f"\\0ray-slurm-port-{port}")
+    if sys.argv[3] == "listens":
+        held[-1].listen()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=["listens", "silent"])
+def stranger(request, free_range):
+    """Somebody else, who has the names of all ports of a range and no port."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    first, last = free_range.split("-")
+    command = [sys.executable, "-c", STRANGER, first, str(int(last) + 1), request.param]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        yield holder
+        holder.stdin.close()
+
+
+def test_a_stranger_who_has_all_the_names_blocks_no_range(stranger, free_range):
+    reservation = ports.reserve("abcd", free_range)
+    assert len(set(reservation.ports.values())) == 4
+    with pytest.raises(OSError, match="only 4 are free .* needs 5"):
+        ports.reserve("abcde", free_range)
+
+
+def test_ports_without_a_strangers_name_are_taken_first(stranger, free_range):
+    low, high = (int(end) for end in free_range.split("-"))
+    others = next(range(at, at + 4) for at in range(high + 1, 64000) if all(map(ports.is_free, range(at, at + 4))))
+    found = ports.reserve("abcd", f"{low}-{others[-1]}").ports.values()
+    assert not set(found) & set(range(low, high + 1))
+
+
+def test_it_is_told_what_has_the_ports(free_range):
+    kept = ports.reserve("a", free_range)
+    in_use = next(port for port in ports.port_range(free_range) if port not in kept.ports.values())
+    with (
+        socket.create_server(("127.0.0.1", in_use)),
+        pytest.raises(OSError, match="1 are in use, and 1 reserved") as told,
+    ):
+        ports.reserve("bcd", free_range)
+    assert f"of the ports {free_range} only 2 are free" in str(told.value)
+    assert "provider.slurm.ports.services" in str(told.value)
