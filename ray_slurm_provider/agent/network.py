@@ -52,7 +52,8 @@ def choose_login_address(interface: str, node_addresses: Callable[[], Iterable[s
     nodes = list(dict.fromkeys(node_addresses()))
     if nodes and all(map(is_loopback, nodes)):
         return "127.0.0.1"
-    found = [own for node in nodes[:_ENOUGH_NODES] for address in _resolve(node) for own in _towards(address)]
+    ways = [[own for address in _resolve(node) for own in _towards(address)] for node in nodes[:_ENOUGH_NODES]]
+    found = [way[0] for way in ways if way]
     # The address of most; a node whose name resolves to something odd is outvoted.
     return _first_usable(sorted(dict.fromkeys(found), key=found.count, reverse=True))
 
@@ -172,13 +173,15 @@ def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 def _resolve(name: str) -> list[str]:
+    """Return the addresses of a host name, IPv4 first: the nodes of a cluster shall not differ in that."""
     if not name:
         return []
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return []
-    return list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+    addresses = dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found)
+    return sorted(addresses, key=lambda address: ":" in address)
 
 
 def _towards(address: str) -> list[str]:

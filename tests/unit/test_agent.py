@@ -238,6 +238,27 @@ def test_link_local_addresses_are_passed_over(monkeypatch):
     assert network.choose_address("", "n1", lambda node: "n1") == "fd00::5"
 
 
+@pytest.fixture
+def dual_stack(monkeypatch):
+    """Names with addresses of both kinds; the resolver prefers IPv6 (RFC 6724)."""
+    found = [("fd00::5", 0, 0, 0), ("fe80::1%eth0", 0, 0, 2), ("10.1.2.3", 0)]
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", address) for address in found])
+    monkeypatch.setattr(network, "is_local", lambda address: True)
+    monkeypatch.setattr(network, "_towards", lambda address: ["fd00::9" if ":" in address else "10.9.9.9"])
+    return found
+
+
+def test_of_a_name_with_both_kinds_of_address_ipv4_is_taken(dual_stack):
+    assert network.choose_address("", "n1", lambda node: "n1") == "10.1.2.3"
+    assert network.choose_login_address("", lambda: ["n1", "n2"]) == "10.9.9.9"
+
+
+def test_ipv6_is_taken_when_slurm_says_so_or_when_there_is_nothing_else(dual_stack):
+    assert network.choose_address("", "n1", lambda node: "fd00::7") == "fd00::7"
+    del dual_stack[-1]
+    assert network.choose_address("", "n1", lambda node: "n1") == "fd00::5"
+
+
 def test_a_variable_that_only_jobs_have_is_no_matter_on_the_login_node(base, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert temp_dirs._expanded("$NO_SUCH_VARIABLE/x") == temp_dirs.DEFAULT_BASE
