@@ -46,7 +46,7 @@ PROTECTED_VARIABLES = frozenset(
 )
 
 
-class ResolvedNode(Section):
+class ResolvedNode(Section, extra="ignore"):  # another release may have written it: a head outlives an installation
     """What the provider makes of a whole node type, for the job: filled in by `bootstrap`, never by hand."""
 
     steps: list[list[str]] = []

@@ -11,6 +11,7 @@ from ray.scripts import scripts
 from support import cluster_config
 
 from ray_slurm_provider import bootstrap
+from ray_slurm_provider.config import read_node_config
 from ray_slurm_provider.node_provider import SlurmNodeProvider
 from ray_slurm_provider.ray_contract import prepare_config
 
@@ -164,3 +165,8 @@ def test_the_right_one_is_taken_and_the_head_takes_it_as_it_is(monkeypatch):
         SlurmNodeProvider.fillout_available_node_types_resources(copy.deepcopy(once))
     )
     assert once == twice
+
+
+def test_what_another_release_has_resolved_is_understood_by_the_autoscaler():
+    section = {"resolved": {"steps": [["setup", "true"]], "of_tomorrow": 1}}
+    assert read_node_config(section, "x").resolved.steps == [["setup", "true"]]
