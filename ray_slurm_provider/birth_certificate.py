@@ -16,6 +16,8 @@ _LAST_FIELD = ',"t":"'
 _END = '"}'
 # A head on the login node has no comment: it carries its certificate in its environment.
 CERTIFICATE_VARIABLE = "RAY_SLURM_CERTIFICATE"
+# What would end a comment early where SLURM or its tools read it: JSON has another way to write these.
+_ESCAPES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "' ="})
 # SLURM refuses longer comments (measured, 22.05).
 MAX_LENGTH = 1024
 _TOKEN_LENGTH = 6
@@ -31,7 +33,7 @@ class BirthCertificate(NamedTuple):
     tags: Mapping[str, str] = MappingProxyType({})  # Ray's tags at birth
 
     def text(self) -> str:
-        """Return it for ``--comment``: one line of ASCII without single quotes.
+        """Return it for ``--comment``: one word of ASCII without single quotes and ``=``.
 
         Raises:
             ValueError: It is longer than SLURM allows.
@@ -41,7 +43,7 @@ class BirthCertificate(NamedTuple):
             separators=(",", ":"),
             sort_keys=True,
         )
-        text = _PREFIX + body.replace("'", "\\u0027")
+        text = _PREFIX + body.translate(_ESCAPES)
         if len(text) > MAX_LENGTH:
             raise ValueError(f"the job's comment would have {len(text)} characters; SLURM takes {MAX_LENGTH}")
         return text

@@ -37,7 +37,8 @@ def job_spec(launch: Launch, certificate: BirthCertificate, count: int = 1) -> J
     python = settings.python or ("" if resolved.steps else settings.default_python or "")
     on_path = settings.python or settings.default_python
     in_file = settings.birth_record == "file"
-    name = f"ray-{launch.cluster}-{launch.node_type}"
+    # scontrol prints a job's name among other Key=Value pairs, in no quotes.
+    name = f"ray-{launch.cluster}-{launch.node_type}".translate(str.maketrans(" =", "__"))
     skip = [*settings.sbatch_skip, *launch.config.sbatch_skip]
     if in_file and {"job_name", "job-name"} & set(skip):
         raise ConfigError("sbatch_skip", "job_name cannot be left out: with birth_record: file jobs are known by it")

@@ -18,6 +18,11 @@ _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
 _NOTHING = dict.fromkeys(("None", "N/A", "(null)", "INVALID", "NOT_SET", "NONE", "Unknown"), "")
 # What the state of a SLURM node says when no job can start there (scontrol(1), NODES).
 OUT_OF_SERVICE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
+# A birth certificate of an older release may hold what looks like a pair: it ends at its brace.
+_KEY = r"[A-Z][A-Za-z0-9:/_]*"
+_PAIR = re.compile(
+    rf'(?:^|\s)({_KEY})=((?<=\sComment=)ray-slurm:\d+:\{{.*?"\}}(?=\s|$)|.*?(?=\s{_KEY}=|\s*$))', re.DOTALL
+)
 _MIB_PER_UNIT = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
@@ -75,9 +80,8 @@ def parse_submitted(text: str) -> str:
 
 def parse_show(text: str) -> dict[str, str]:
     """Return the ``Key=Value`` pairs of ``scontrol show -o``; a value ends before the next key."""
-    pairs = re.findall(r"(?:^|\s)([A-Z][A-Za-z0-9:/_]*)=(.*?)(?=\s[A-Z][A-Za-z0-9:/_]*=|\s*$)", text.strip(), re.DOTALL)
     result: dict[str, str] = {}
-    for key, value in pairs:
+    for key, value in _PAIR.findall(text.strip()):
         result.setdefault(key, value.strip())
     return result
 

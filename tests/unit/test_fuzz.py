@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import string
+from pathlib import Path
 
 import pytest
 from fake.fake_slurm import HEADER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ray_slurm_provider.backends.base import Launch
+from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.backends.slurm_jobs import SlurmJobs
 from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
-from ray_slurm_provider.birth_records import BirthRecords
+from ray_slurm_provider.birth_records import BirthRecords, token_in
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.cluster_dir import ClusterDir, Diary
 from ray_slurm_provider.config import SlurmSettings, read_node_config, read_settings
@@ -98,6 +101,48 @@ def test_a_node_config_may_be_anything(section):
         read_node_config(section, "x")
     except ConfigError as error:
         assert str(error)
+
+
+_names = st.lists(
+    st.sampled_from(
+        [" Mem=1T", " JobState=FAILED", " UserId=a(1) ", " Comment=x", " StdErr=", '"}', " ", "|", "é", "'"]
+    )
+    | st.text(st.characters(exclude_categories=["C", "Z"]), max_size=9)
+).map("".join)
+_RECORD = (
+    "JobId=7 JobName={name} UserId=u(1) GroupId=u(1) JobState=PENDING Reason={reason} ExitCode=0:0 NodeList= TRES=cpu=2,"
+    "mem=512M Command=(null) WorkDir=/home/a b Comment={comment}  StdErr=/a b/x=1.log StdIn=/dev/null StdOut=/o Power= \n"
+)
+
+
+@given(_names, _names, _names, st.sampled_from(["comment", "file"]))
+def test_no_name_of_a_node_type_hides_what_scontrol_and_squeue_say_of_its_job(node_type, tag, reason, place):
+    settings = SlurmSettings(birth_record=place)
+    launch = Launch(
+        "c a=b", "d", Path("/d"), settings, node_type, read_node_config({}, "x"), {TAG_TYPE: node_type, tag: tag}
+    )
+    certificate = new_certificate(launch)
+    try:
+        spec = job_spec(launch, certificate)
+    except ConfigError as error:
+        assert "1024" in str(error)
+        return
+    comment = spec.comment or "(null)"
+    facts = parse.parse_show(_RECORD.format(name=spec.job_name, reason="JobHeldUser", comment=comment))
+    assert (facts["JobName"], facts["Comment"], facts["JobState"]) == (spec.job_name, comment, "PENDING")
+    assert (facts["TRES"], facts["StdOut"], facts["WorkDir"]) == ("cpu=2,mem=512M", "/o", "/home/a b")
+    row = ["7", "PENDING", reason, "cpu", "", "1:00", "N/A", "N/A", spec.job_name, comment]
+    (job,) = parse.parse_squeue(f"{HEADER}\n" + "\x1f".join(row) + "\n")
+    assert (job.name, job.comment, job.reason) == (spec.job_name, spec.comment, reason)
+    found = certificate.token if place == "file" else read_certificate(facts["Comment"])
+    assert found == (token_in(facts["JobName"]) if place == "file" else certificate)
+
+
+def test_the_comment_of_a_job_that_an_older_release_submitted_is_read_whole():
+    comment = 'ray-slurm:1:{"c":"c","d":"d","g":{"t":"big Mem=1T"},"h":"","t":"tok123"}'
+    facts = parse.parse_show(_RECORD.format(name="ray-c-big Mem=1T", reason="None", comment=comment))
+    assert read_certificate(facts["Comment"]).tags == {"t": "big Mem=1T"}
+    assert (facts["JobState"], facts["StdOut"]) == ("PENDING", "/o")
 
 
 _words = st.sampled_from(["7", "7_3", "7_[0-3,5]", "7_[0,2", "8+1", *JobState.__members__, "(null)"]) | st.text()
