@@ -1,5 +1,6 @@
 """Ways to run a command on a node: in its allocation by srun, by ssh, or on this very host."""
 
+import base64
 import contextlib
 import os
 import secrets
@@ -83,13 +84,13 @@ class SshShell:
 
     def command(self, text: str, *, terminal: bool) -> list[str]:
         note = f"ps -o pgid= -p $$ >{self._note()}; " if not terminal else ""
-        remote = f"bash -c {shlex.quote(note + _with_exports(self.exports, text))}"
+        remote = _for_any_login_shell(note + _with_exports(self.exports, text))
         return ["ssh", "-tt" if terminal else "-T", *self.arguments, remote]
 
     def interrupted(self) -> None:
         """End the command's process group: without a terminal sshd would let it run on."""
         subprocess.run(
-            ["ssh", *self.arguments, f"kill -TERM -- -$(cat {self._note()})"],
+            ["ssh", *self.arguments, _for_any_login_shell(f"kill -TERM -- -$(cat {self._note()})")],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
@@ -139,3 +140,9 @@ def run(shell: Shell, text: str, *, with_output: bool = False, terminal: bool = 
 
 def _with_exports(exports: Path, text: str) -> str:
     return f". {shlex.quote(str(exports))} && cd && {{ {text}\n}}"
+
+
+def _for_any_login_shell(text: str) -> str:
+    """Return a command line by which any login shell has bash run a text: csh takes no newline or ``!`` in quotes."""
+    encoded = base64.b64encode(os.fsencode(text)).decode()
+    return f"""bash -c 'eval "$(base64 -d <<<"$1")"' bash {encoded}"""
