@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -126,6 +127,24 @@ def test_without_a_record_a_living_head_is_found_among_what_earlier_ones_left(ma
     for token in ("000000", "zzzzzz"):
         os.utime(make().log_of(_stranger(os.getpid(), token)), (time.time() + 60,) * 2)
     assert make().create_head("head", CONFIG, HEAD) == head
+
+
+def test_a_daemon_that_the_setup_commands_left_is_not_taken_for_the_head(make, head):
+    environ = dict(
+        variable.decode().split("=", 1) for variable in procfs.find(_pid(head)).read("environ").split(b"\0") if variable
+    )
+    assert "RAY_SLURM_CERTIFICATE" in environ
+    os.kill(_pid(head), signal.SIGKILL)
+    assert procfs.wait_until(lambda: procfs.find(_pid(head)) is None, 5)
+    _record(make).unlink()
+    daemon = subprocess.Popen(["sleep", "300"], env=environ, start_new_session=True)
+    try:
+        assert make().nodes() == {}
+        make().terminate([head])
+        assert daemon.poll() is None
+    finally:
+        daemon.kill()
+        daemon.wait()
 
 
 def test_the_log_of_an_earlier_head_elsewhere_does_not_hinder_a_head_in_a_job(make, fake_slurm):
