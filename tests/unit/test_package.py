@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,19 @@ def test_what_pip_installs_says_where_its_migrate_script_is_and_that_runs_there(
     (tmp_path / "old.yaml").write_text("provider: {}\navailable_node_types: {w: {resources: {CPU: 3}}}\n")
     done = subprocess.run(named, env=environ, cwd=tmp_path, capture_output=True, text=True)
     assert "cpus_per_task: 3" in done.stdout, done.stderr
+
+
+def test_what_the_package_imports_is_declared():
+    section = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [\n")[2].partition("\n]")[0]
+    declared = set(re.findall(r'^ *"([\w-]+)', section, re.MULTILINE))
+    imported = set()
+    for path in (ROOT / "ray_slurm_provider").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - sys.stdlib_module_names - {"ray_slurm_provider"}
+    distributions = packages_distributions()
+    providers = {name: {found.lower().replace("_", "-") for found in distributions.get(name, ())} for name in foreign}
+    assert {name for name, found in providers.items() if not found & declared} == set()
