@@ -75,6 +75,13 @@ proc ModulesHelp { } {
 module-whatis "Ray with ray-slurm-provider $version"
 conflict ray-slurm
 prepend-path PATH "$prefix/bin"
+# Ray runs what a cached YAML in TMPDIR names, so no other user may write there; sockets of Ray stay in /tmp.
+set tmp \$env(HOME)/.cache/ray-slurm
+catch { file mkdir \$tmp; file attributes \$tmp -permissions 0700 }
+if {(![info exists env(TMPDIR)] || \$env(TMPDIR) eq \$tmp) && [file isdirectory \$tmp] && [file owned \$tmp]} {
+    setenv TMPDIR \$tmp
+    setenv RAY_TMPDIR /tmp
+}
 MODULE
 chmod -R u+rwX,go+rX,go-w "$prefix"
 

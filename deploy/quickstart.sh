@@ -44,8 +44,15 @@ finish() {
     fi
     exit "$code"
 }
+# Ray runs what a cached YAML in TMPDIR names.
+private_tmp() {
+    export TMPDIR="$work/tmp"
+    mkdir -p "$TMPDIR"
+    chmod 700 "$TMPDIR"
+}
 take_down() {
     if ray-slurm sandbox env --state-dir "$sandbox" >/dev/null 2>&1; then
+        private_tmp
         ray-slurm sandbox run --state-dir "$sandbox" -- ray down "$yaml" --yes || true
     fi
     ray-slurm sandbox down --state-dir "$sandbox"
@@ -82,8 +89,7 @@ sed -e "s|^cluster_name: .*|cluster_name: quickstart|" \
     -e "s|^idle_timeout_minutes: .*|idle_timeout_minutes: 0.25|" \
     "$clone/cluster_configs/minimal.yaml" >"$yaml"
 export RAY_UP_enable_autoscaler_v2=1 RAY_USAGE_STATS_ENABLED=0
-export TMPDIR="$work/tmp"
-mkdir -p "$TMPDIR"
+private_tmp
 ray up "$yaml" --no-config-cache --yes
 up_took=$(seconds_since "$step")
 
@@ -108,6 +114,7 @@ if [ "$keep" = yes ]; then
 
   source $clone/.venv/bin/activate
   eval "\$(ray-slurm sandbox env --state-dir $sandbox)"
+  export TMPDIR=$TMPDIR
 
   ray-slurm nodes $yaml --watch          the jobs, live
   ray exec $yaml "python $clone/examples/estimate_pi.py"

@@ -1,5 +1,9 @@
 """How people and programs get at a cluster that is up: its address, its token, certificates for this host."""
 
+import os
+import tempfile
+from pathlib import Path
+
 from ray_slurm_provider import tls
 from ray_slurm_provider.agent.network import connection_state, own_addresses
 from ray_slurm_provider.agent.ray_command import CONNECTION_ENVIRONMENT, access_environment
@@ -32,6 +36,25 @@ def access_variables(cluster: Cluster, *, client: bool = False) -> dict[str, str
         **access_environment(cluster.directory.root, token_auth=cluster.settings.token_auth),
         **_tls_variables(cluster),
     }
+
+
+def private_temp_dir() -> dict[str, str]:
+    """Return the variables for a TMPDIR that only this user can write to; nothing when there is one, or none can be.
+
+    Ray imports what a cached YAML there names, before we are asked (ray/autoscaler/_private/commands.py,
+    _bootstrap_config), and looks for no cache elsewhere.
+    """
+    present = Path(tempfile.gettempdir()).stat()
+    if present.st_uid == os.getuid() and not present.st_mode & 0o022:
+        return {}
+    own = Path.home() / ".cache" / "ray-slurm"
+    try:
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own.chmod(0o700)
+    except OSError:
+        return {}
+    # Sockets of a Ray that is started by hand would have too long a path there.
+    return {"TMPDIR": str(own), "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp")}  # noqa: S108 Ray's own choice
 
 
 def ready_head_report(cluster: Cluster) -> NodeReport:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from ray_slurm_provider import __version__
-from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, ready_head_report
+from ray_slurm_provider.access import ACCESS_VARIABLES, access_variables, private_temp_dir, ready_head_report
 from ray_slurm_provider.cluster_yaml import load, open_cluster, settings_of
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import SlurmSettings
@@ -49,7 +49,7 @@ def env(config: Path, client: bool) -> None:
     variables = access_variables(open_cluster(config), client=client)
     # What a shell may still hold of another cluster.
     click.echo(f"unset {' '.join(sorted(ACCESS_VARIABLES - set(variables)))}")
-    for name, value in variables.items():
+    for name, value in {**variables, **private_temp_dir()}.items():
         click.echo(f"export {name}={shlex.quote(value)}")
 
 

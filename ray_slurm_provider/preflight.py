@@ -4,8 +4,10 @@ Each check is a function that yields findings; one that cannot be made is a find
 know is asked by `canaries`; what any host says of itself, by `agent/host_checks`.
 """
 
+import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -257,6 +259,18 @@ def _programs(site: Site) -> Iterator[Finding]:
         yield Finding("cryptography", OK, "is installed")
 
 
+def _config_cache(_: Site) -> Iterator[Finding]:
+    """Warn of a cached YAML that somebody else has written: Ray imports what it names, before we are asked."""
+    for path in Path(tempfile.gettempdir()).glob("ray-config-*"):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_uid != os.getuid():
+                text = f"{path} is another user's: when it is made for this YAML, `ray down` runs what it names"
+                yield Finding(
+                    "TMPDIR", WARNING, text, "mkdir -p -m 700 ~/.cache/ray-slurm; export TMPDIR=~/.cache/ray-slurm"
+                )
+                return
+
+
 def _probe_jobs(site: Site) -> Iterator[Finding]:
     """Have jobs look around; those that sbatch would refuse are told of already."""
     if site.probe_wait_s is not None and site.accepted:
@@ -264,6 +278,7 @@ def _probe_jobs(site: Site) -> Iterator[Finding]:
 
 
 _CHECKS = (
+    _config_cache,
     _tools,
     _controller,
     _federation,

@@ -118,10 +118,10 @@ def run(shell: Shell, text: str, *, with_output: bool = False, terminal: bool = 
         Its exit code, and what it printed when that was asked for.
     """
     argv = shell.command(text, terminal=terminal)
+    environ = clean_environment(os.environ)
+    environ.pop("TMPDIR", None)  # a directory of this host, which slurmstepd would make on the other
     try:
-        child = subprocess.Popen(
-            argv, env=clean_environment(os.environ), stdout=subprocess.PIPE if with_output else None, text=True
-        )
+        child = subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE if with_output else None, text=True)
     except OSError as error:
         raise StateError(f"{argv[0]}: {error.strerror}") from error
     try:

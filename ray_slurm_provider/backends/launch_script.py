@@ -22,6 +22,7 @@ _NOT_FOR_JOBS = (
     "HIP_VISIBLE_DEVICES",
     "PMI_",
     "PMIX_",
+    "TMPDIR",
 )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import ray
 import yaml
 from click.testing import CliRunner
 from ray.autoscaler._private import commands, updater
+from ray.autoscaler._private.util import prepare_config
 from ray.scripts import scripts
 from support import cluster_config
 
@@ -96,3 +101,22 @@ def test_keep_min_workers_is_refused_before_anything_is_cancelled(tmp_path):
     # It is the first that `ray down` asks for, and Ray lets what it raises pass.
     teardown = inspect.getsource(commands.teardown_cluster)
     assert teardown.index("provider.nodes_for_teardown") < teardown.index("provider.terminate_nodes")
+
+
+def test_ray_down_imports_what_a_cached_yaml_names_so_tmpdir_must_be_private(tmp_path, fake_slurm):
+    """When the first half fails, Ray has mended it: the docs and the private TMPDIR may go."""
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(cluster_config("c", tmp_path / "state")))
+    config = prepare_config(yaml.safe_load(path.read_text()))
+    digest = hashlib.sha256(json.dumps([config], sort_keys=True).encode()).hexdigest()
+    planted = {**config, "provider": {**config["provider"], "module": "this.Provider"}}
+    public, private = tmp_path / "public", tmp_path / "private"
+    for place in (public, private):
+        place.mkdir()
+    (public / f"ray-config-{digest}").write_text(json.dumps({"_version": 1, "config": planted}))
+    said = []
+    for place in (public, private):
+        argv = [sys.executable, "-m", "ray.scripts.scripts", "down", str(path), "--yes"]
+        done = subprocess.run(argv, env={**fake_slurm.environ, "TMPDIR": str(place)}, capture_output=True, text=True)
+        said.append("The Zen of Python" in done.stdout)
+    assert said == [True, False]
