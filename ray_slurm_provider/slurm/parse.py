@@ -17,7 +17,8 @@ _CUT_ARRAY = re.compile(r"\d+_\[[^\]]*$")
 _PARSABLE_ID = re.compile(r"(\d+)(?:;\S+)?$")
 _NOTHING = dict.fromkeys(("None", "N/A", "(null)", "INVALID", "NOT_SET", "NONE", "Unknown"), "")
 # What the state of a SLURM node says when no job can start there (scontrol(1), NODES).
-OUT_OF_SERVICE = re.compile(r"DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN")
+# POWERED_DOWN is not among them: SLURM powers such a node up for a job.
+OUT_OF_SERVICE = re.compile(r"\b(?:DOWN|FAIL|FUTURE|NOT_RESPONDING|UNKNOWN|DRAIN)")
 # A birth certificate of an older release may hold what looks like a pair: it ends at its brace.
 _KEY = r"[A-Z][A-Za-z0-9:/_]*"
 _PAIR = re.compile(

@@ -192,3 +192,21 @@ def test_a_row_stands_for_all_elements_of_an_array_that_wait(text, ids):
 def test_a_list_of_elements_that_was_cut_is_no_answer():
     with pytest.raises(ValueError, match="not all named"):
         parse.parse_squeue(f"{HEADER}\n{_row('7_[0,2,4,6,')}\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "out"),
+    [
+        ("IDLE", False),
+        ("IDLE+CLOUD+POWERED_DOWN", False),
+        ("MIXED+PLANNED", False),
+        ("IDLE+DYNAMIC_FUTURE", False),
+        ("DOWN*", True),
+        ("IDLE+DRAIN", True),
+        ("DOWN+DRAIN", True),
+        ("IDLE+FAIL", True),
+        ("FUTURE", True),
+    ],
+)
+def test_no_job_can_start_on_a_node_that_is_out_of_service(state, out):
+    assert bool(parse.OUT_OF_SERVICE.search(state)) == out
