@@ -121,7 +121,8 @@ def run(shell: Shell, text: str, *, with_output: bool = False, terminal: bool = 
     environ = clean_environment(os.environ)
     environ.pop("TMPDIR", None)  # a directory of this host, which slurmstepd would make on the other
     try:
-        child = subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE if with_output else None, text=True)
+        stdout = subprocess.PIPE if with_output else None
+        child = subprocess.Popen(argv, env=environ, stdout=stdout, text=True, errors="replace")
     except OSError as error:
         raise StateError(f"{argv[0]}: {error.strerror}") from error
     try:

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from ray_slurm_provider.shells import SshShell
+from ray_slurm_provider.shells import LocalShell, SshShell, run
 
 TEXTS = [
     "echo hello",
@@ -70,3 +70,11 @@ def test_every_login_shell_ends_what_was_interrupted(ssh, login_shell):
 def test_no_word_for_a_login_shell_holds_what_csh_reads_in_quotes(tmp_path):
     remote = SshShell(tmp_path / "e", ["host"], "/tmp").command("echo hello!\necho two", terminal=False)[-1]
     assert not set(remote) & set("!\n\\")
+
+
+def test_a_command_may_print_anything(tmp_path):
+    (tmp_path / "exports").touch()
+    assert run(LocalShell(tmp_path / "exports"), r"printf 'a\xff\n'", with_output=True) == (
+        0,
+        "a\N{REPLACEMENT CHARACTER}\n",
+    )
