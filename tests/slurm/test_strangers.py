@@ -252,6 +252,15 @@ def test_a_cache_that_somebody_else_has_written_is_refused(clusters, monkeypatch
         assert "another user has written" in done.stderr
         assert "Traceback" not in done.stderr
         bob.ray("exec", bob.yaml, "--no-config-cache", "true")
+        # Ray imports a module that is not ours before we are asked: from a private TMPDIR it never comes.
+        config["provider"]["module"] = "this.Provider"
+        cache.write_text(json.dumps({"_version": 1, "provider_log_info": {}, "config": config}))
+        checked = json.loads(bob.ray_slurm("check", "--fast", "--json", bob.yaml).stdout)
+        assert "/tmp/ray-config-" in next(finding["text"] for finding in checked if finding["check"] == "TMPDIR")
+        exec_true = ("-m", "ray.scripts.scripts", "exec", bob.yaml, "true")
+        assert "The Zen of Python" in bob.run(*exec_true).stdout
+        done = bob.run(*exec_true, env={**bob.environ, **_access(bob)})
+        assert (done.returncode, "The Zen of Python" in done.stdout) == (0, False)
     finally:
         cache.unlink()
 
