@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from ray_slurm_provider import procfs
@@ -25,6 +24,7 @@ from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.files import write_atomically, write_json
 from ray_slurm_provider.findings import FAILURE, OK, WARNING, Finding
+from ray_slurm_provider.locks import locked
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import format_time, parse_time_s
 from ray_slurm_provider.slurm.reasons import in_words, waits_for_ever
@@ -35,6 +35,7 @@ _ASK_S = 1.0
 _REACH_S = 30.0
 _GO_S = 15.0
 _CLOCK_S = 1.0
+_LOCK_S = 5.0
 _REPORT = TypeAdapter(ProbeReport)
 # The name of the login node among the node types that are to be reached.
 _THIS_HOST = "this host"
@@ -85,7 +86,8 @@ def look_around(
         stack.callback(_remove_directory, cluster)
         cluster.directory.prepare()
         stack.callback(_clear_away, slurm, root, jobs)
-        stack.enter_context(FileLock(root / LOCK))
+        with suppress(StateError):  # the jobs tell of it
+            stack.enter_context(locked(root / LOCK, _LOCK_S))
         write_json(root / GREETING, {"token": token, "boot_id": procfs.boot_id(), "versions": versions()})
         scripts = {
             kind.name: cluster.canary(kind.name, _brief(kind.config), token, head=kind.is_head) for kind in types

@@ -30,17 +30,18 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from ray_slurm_provider.backoff import Backoff, read_backoff
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import is_gone, open_file, read_json_object, read_text, write_atomically, write_json
+from ray_slurm_provider.locks import locked
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class ClusterDir:
         Raises:
             StateError: Somebody else holds the lock for too long, or the diary can be neither read nor written now.
         """
-        with self._locked("state.lock", wait_s):
+        with locked(self.root / "state.lock", wait_s):
             try:
                 diary = self._read_diary()
             except OSError as error:
@@ -194,25 +195,9 @@ class ClusterDir:
             except OSError as error:
                 raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
 
-    @contextmanager
-    def head_lock(self) -> Iterator[None]:
+    def head_lock(self) -> AbstractContextManager[None]:
         """Keep another `ray up` from submitting a head meanwhile."""
-        with self._locked("head.lock", _HEAD_LOCK_TIMEOUT_S):
-            yield
-
-    @contextmanager
-    def _locked(self, name: str, timeout_s: float) -> Iterator[None]:
-        lock = FileLock(self.root / name, mode=0o600)
-        try:
-            lock.acquire(timeout=timeout_s)
-        except Timeout as error:
-            raise StateError(f"{self.root / name} was not free for {timeout_s:g} s: another has it") from error
-        except OSError as error:
-            raise StateError(f"{self.root / name} cannot be used: {error.strerror or error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        return locked(self.root / "head.lock", _HEAD_LOCK_TIMEOUT_S)
 
     def report(self, node_id: str) -> NodeReport | None:
         return read_report(self.reports.report(node_id))

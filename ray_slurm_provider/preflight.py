@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ray_slurm_provider.agent import host_checks, network, temp_dirs
 from ray_slurm_provider.agent.allocation import MIB
 from ray_slurm_provider.backends.launch_script import job_environment
@@ -23,9 +21,10 @@ from ray_slurm_provider.bootstrap import check_for_up, resolve_file
 from ray_slurm_provider.canaries import Address, NodeType, look_around
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import SlurmSettings, read_node_config, read_settings
-from ray_slurm_provider.errors import SlurmError, SlurmProviderError
+from ray_slurm_provider.errors import SlurmError, SlurmProviderError, StateError
 from ray_slurm_provider.file_sync import on_local_disk
 from ray_slurm_provider.findings import FAILURE, OK, WARNING, Finding
+from ray_slurm_provider.locks import locked
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.parse import OUT_OF_SERVICE, parse_time_s
 
@@ -181,11 +180,11 @@ def _state_dir(site: Site) -> Iterator[Finding]:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = directory / ".check.lock"
     try:
-        with FileLock(lock, timeout=_LOCK_S):
+        with locked(lock, _LOCK_S):
             free_mib = shutil.disk_usage(directory).free // MIB
-    except (Timeout, OSError, NotImplementedError) as error:
-        text = f"file locks do not work in {directory}: {error}"
-        yield Finding("state_dir", FAILURE, text, "another provider.slurm.state_dir")
+    except (StateError, OSError) as error:
+        text, _, advice = str(error).partition("\n")
+        yield Finding("state_dir", FAILURE, text, advice.strip() or "another provider.slurm.state_dir")
         return
     finally:
         lock.unlink(missing_ok=True)

@@ -40,6 +40,8 @@ WORKER_SCRIPT = "worker.sh"  # what the head's job shows to sbatch
 PEERS = "peers.json"  # where everybody listens, when all that started have said so
 STOP = "stop"  # there when the jobs shall go
 
+_UNLOCKED = "does not see a lock that is held here"
+
 
 def report_path(root: Path, job_id: str) -> Path:
     return root / f"{job_id}.found.json"
@@ -67,7 +69,7 @@ def look(spec: AgentSpec, environ: Mapping[str, str]) -> ProbeReport:
         one_host=greeting.get("boot_id") == procfs.boot_id(),
     )
     findings = [
-        *compare(greeting, node_id, lock_is_seen=is_locked(spec.directory / LOCK)),
+        *compare(greeting, node_id, why_not_locked(spec.directory / LOCK)),
         finding,
         *host_checks.check_host(spec.temp_dir, spec.resources),
         *(_check_slurm(slurm, spec.directory / WORKER_SCRIPT) if spec.is_head else ()),
@@ -76,7 +78,7 @@ def look(spec: AgentSpec, environ: Mapping[str, str]) -> ProbeReport:
     return ProbeReport(host if slurm_node in {"", host} else f"{slurm_node} ({host})", address, port, findings)
 
 
-def compare(greeting: Mapping[str, Any], node_id: str, *, lock_is_seen: bool) -> Iterator[Finding]:
+def compare(greeting: Mapping[str, Any], node_id: str, why_not_locked: str) -> Iterator[Finding]:
     """Yield what differs between this host and the login node, which is "here" for who reads it."""
     if greeting.get("token") != node_id.rpartition("-")[2]:
         text = "something else is read there than what was written here"
@@ -84,11 +86,11 @@ def compare(greeting: Mapping[str, Any], node_id: str, *, lock_is_seen: bool) ->
         yield Finding("shared directory", FAILURE, text, advice)
         return
     yield Finding("shared directory", OK, "what is written here is read there, and the other way round")
-    if lock_is_seen:
+    if not why_not_locked:
         yield Finding("file locks", OK, "a lock that is held here is seen there")
     else:
         advice = "another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
-        yield Finding("file locks", FAILURE, "does not see a lock that is held here", advice)
+        yield Finding("file locks", FAILURE, why_not_locked, advice)
     own, here = host_checks.versions(), greeting["versions"]
     differing = [
         f"{what} {version or 'is missing'} (here {here.get(what)})"
@@ -115,26 +117,28 @@ def _check_slurm(slurm: SlurmClient, worker_script: Path) -> Iterator[Finding]:
         yield Finding("SLURM in the job", OK, "squeue answers, and sbatch would take a worker's job")
 
 
-def is_locked(path: Path) -> bool:
-    """Tell whether somebody else's lock on a file keeps us out, as `filelock` takes it (flock(2))."""
-    with path.open("a") as file:
-        try:
+def why_not_locked(path: Path) -> str:
+    """Return "" when another process's lock on a file keeps us out, as `filelock` takes it (flock(2))."""
+    try:
+        with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    except (BlockingIOError, PermissionError):
+        return ""
+    except OSError as error:
+        return f"locks do not work there: {error}"
+    return _UNLOCKED
 
 
 def main() -> int:
     spec = take_spec(os.environ)
     root, file = spec.directory, report_path(spec.directory, os.environ["SLURM_JOB_ID"])
-    lock_is_seen = is_locked(root / LOCK)
+    lock_is_seen = not why_not_locked(root / LOCK)
     report = look(spec, dict(os.environ))
     write_json(file, asdict(report))
 
     def over() -> bool:
         # A check that was killed holds its lock no more.
-        left_alone = lock_is_seen and root.exists() and not is_locked(root / LOCK)
+        left_alone = lock_is_seen and root.exists() and why_not_locked(root / LOCK) == _UNLOCKED
         return left_alone or (root / STOP).exists() or not root.exists()
 
     life_s = _LIFE_S if lock_is_seen else _SHORT_LIFE_S

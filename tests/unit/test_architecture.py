@@ -72,7 +72,7 @@ LAYERS = [
     },
     {"agent.siblings"},
     {"birth_records"},
-    {"birth_certificate", "reports", "slurm.client"},
+    {"birth_certificate", "reports", "slurm.client", "locks"},
     {"slurm.parse", "slurm.process"},
     {"slurm.types", "slurm.reasons", "slurm"},
     {"tls"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -16,13 +18,14 @@ import pytest
 
 from ray_slurm_provider import procfs
 from ray_slurm_provider.agent import canary, host_checks
-from ray_slurm_provider.agent.canary import LOCK, ProbeReport, compare, is_locked
+from ray_slurm_provider.agent.canary import LOCK, ProbeReport, compare, why_not_locked
 from ray_slurm_provider.agent.host_checks import ask_time, check_address, check_host, listen_as_ray, versions
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.canaries import ProbeJob, _check_comments, _submit, _why_silent, findings_of
-from ray_slurm_provider.errors import SlurmError, SubmitRejected
+from ray_slurm_provider.errors import SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.files import write_json
 from ray_slurm_provider.findings import Finding
+from ray_slurm_provider.locks import locked
 
 GREETING = {"token": "abc", "boot_id": "another", "versions": versions()}
 HOST = {"temp_dir": "/tmp", "resources": {"object_store_memory": 2**30}}
@@ -36,8 +39,8 @@ def _on_this_host(**changed):
     return _by_check(check_host(**{**HOST, **changed}))
 
 
-def _compared(*, lock_is_seen=True, **changed):
-    return _by_check(compare({**GREETING, **changed}, "1-abc", lock_is_seen=lock_is_seen))
+def _compared(*, why_not_locked="", **changed):
+    return _by_check(compare({**GREETING, **changed}, "1-abc", why_not_locked))
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def good_host(monkeypatch):
 
 
 def test_a_good_host_is_all_ok(good_host):
-    findings = [*compare(GREETING, "1-abc", lock_is_seen=True), *check_host(**HOST)]
+    findings = [*compare(GREETING, "1-abc", ""), *check_host(**HOST)]
     findings.append(check_address("10.0.0.1", one_host=False))
     assert {finding.level for finding in findings} == {"ok"}
     assert [finding.check for finding in findings] == [
@@ -69,7 +72,7 @@ def test_a_good_host_is_all_ok(good_host):
     ("change", "check", "level", "said"),
     [
         ({"token": "else"}, "shared directory", "failure", "something else"),
-        ({"lock_is_seen": False}, "file locks", "failure", "does not see a lock"),
+        ({"why_not_locked": "no locks"}, "file locks", "failure", "no locks"),
         ({"versions": {**versions(), "Python": "3.1.0"}}, "software", "failure", "(here 3.1.0)"),
         ({"versions": {**versions(), "ray-slurm-provider": "0.0"}}, "software", "failure", "(here 0.0)"),
         ({"versions": {}}, "software", "failure", "Python"),
@@ -88,7 +91,7 @@ def test_a_host_without_ray_is_told(monkeypatch):
 
 
 def test_nothing_is_compared_with_a_greeting_that_is_not_ours():
-    assert list(_by_check(compare({}, "1-abc", lock_is_seen=False))) == ["shared directory"]
+    assert list(_by_check(compare({}, "1-abc", "no locks"))) == ["shared directory"]
 
 
 @pytest.mark.parametrize(
@@ -183,11 +186,21 @@ def test_only_the_heads_job_asks_for_slurm(good_host, monkeypatch, tmp_path):
 
 
 def test_a_lock_is_seen(tmp_path):
-    from filelock import FileLock
+    with locked(tmp_path / LOCK, 1):
+        assert why_not_locked(tmp_path / LOCK) == ""
+    assert "does not see" in why_not_locked(tmp_path / LOCK)
 
-    with FileLock(tmp_path / LOCK):
-        assert is_locked(tmp_path / LOCK)
-    assert not is_locked(tmp_path / LOCK)
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.ESTALE])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_locks_that_do_not_work_are_not_called_held(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert os.strerror(number) in why_not_locked(tmp_path / LOCK)
+    with pytest.raises(StateError, match="locks do not work there|cannot be locked"), locked(tmp_path / LOCK, 0.1):
+        pytest.fail("it is not locked")
 
 
 HEAD = ProbeReport(
