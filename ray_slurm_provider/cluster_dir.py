@@ -80,6 +80,7 @@ class ClusterDir:
     def __init__(self, state_dir: Path, cluster_name: str) -> None:
         self.root = state_dir / cluster_name
         self.reports = ReportPaths(self.root)
+        self._last_diary = Diary()
 
     @property
     def fingerprint(self) -> str:
@@ -139,28 +140,28 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
     def diary(self) -> Diary:
-        """Return what changed since birth; nothing when the file is lost, cannot be read now, or is broken.
+        """Return what changed since birth: what was last known when the file is lost, broken, or cannot be read now.
 
         Raises:
             StateError: A newer version of this package has written it.
         """
         try:
-            return self._read_diary()
+            self._last_diary = self._read_diary()
         except OSError as error:
             logger.warning("%s cannot be read now: %s", self._diary, error)
-            return Diary()
+        return deepcopy(self._last_diary)
 
     def _read_diary(self) -> Diary:
         """Read the diary; a broken one is put aside, one that the file system does not let us read stays (OSError)."""
         try:
             value = json.loads(read_text(self._diary))
         except FileNotFoundError:
-            return Diary()
+            return deepcopy(self._last_diary)
         except (IsADirectoryError, ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
             self._put_aside()
-            return Diary()
+            return deepcopy(self._last_diary)
         version = value.get("version")
         if isinstance(version, int) and version > _DIARY_VERSION:
             raise StateError(
@@ -172,7 +173,7 @@ class ClusterDir:
     def _put_aside(self) -> None:
         """Keep a broken diary under another name: writing is atomic, so it will not become whole by itself."""
         aside = self._diary.with_name(f"state.json.broken-{time.time():.0f}")
-        logger.warning("%s cannot be read; it is kept as %s, going on with what SLURM knows", self._diary, aside.name)
+        logger.warning("%s cannot be read; it is kept as %s, going on with what is known", self._diary, aside.name)
         with suppress(OSError):
             self._diary.rename(aside)
 

@@ -57,7 +57,9 @@ class ReportCache:
     def _entry(self, seen: Sighting, now: float) -> _Entry:
         last = self._entries.get(seen.node_id)
         if last is None or self._is_outdated(last, seen, now):
-            return _Entry(read_report(self._paths.report(seen.node_id)), seen.alive, now)
+            # What a node once said is not unsaid by a file that cannot be read now.
+            known = None if last is None else last.report
+            return _Entry(read_report(self._paths.report(seen.node_id)) or known, seen.alive, now)
         return last
 
     def _is_outdated(self, last: _Entry, seen: Sighting, now: float) -> bool:

@@ -326,6 +326,25 @@ def test_a_type_that_goes_on_failing_pauses_until_a_person_resumes_it(
     assert login.launches.resume() == []
 
 
+@pytest.mark.parametrize("state", ["lost", "unreadable", "broken"])
+def test_a_state_file_that_cannot_be_read_lifts_no_pause(monitor, login, clock, state):
+    with login.directory.change_diary() as diary:
+        diary.launches.failed("worker", "module: command not found", clock.now, pause_after=1)
+    clock.now += 2
+    monitor.nodes()
+    path = monitor.directory.root / "state.json"
+    path.unlink()
+    if state == "unreadable":
+        path.symlink_to(path)  # too many levels of symbolic links
+    if state == "broken":
+        path.write_bytes(b"\xff{")
+    for _ in range(2):
+        clock.now += 2
+        monitor.nodes()
+        with pytest.raises(LaunchDelayed, match="command not found"):
+            monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
 def _fail_on_c7(monitor, fake_slurm, clock):
     """Launch a worker and have it fail on a host."""
     (worker,) = monitor.create_workers("worker", CONFIG, WORKER, 1)
@@ -598,7 +617,9 @@ def test_tags_outlive_the_process_and_the_loss_of_the_diary(login, head_id, fake
     assert again.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
     (login.directory.root / "state.json").write_text('{"version": 1, "tags": {"1-')
     clock.now += 10
-    assert again.nodes()[head_id].tags == HEAD
+    assert again.nodes()[head_id].tags[TAG_STATUS] == "up-to-date"
+    anew = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    assert anew.nodes()[head_id].tags == HEAD
 
 
 def test_nothing_is_submitted_while_the_cluster_is_taken_down(login, head_id, monitor, fake_slurm):

@@ -102,6 +102,16 @@ def test_the_last_word_is_read_when_a_node_has_ended_and_then_no_more(desk):
         assert desk.opened == []
 
 
+def test_a_report_that_cannot_be_read_now_leaves_what_was_said(desk):
+    desk.say("a", READY)
+    assert desk.phases(_runs("a")) == {"a": READY}
+    desk.paths.report("a").unlink()
+    desk.paths.report("a").symlink_to("a.json")  # too many levels of symbolic links
+    assert desk.phases(_runs("a"), after=30) == {"a": READY}
+    assert desk.phases(Sighting("a", "h", alive=False)) == {"a": READY}
+    assert desk.opened == ["a"]
+
+
 def test_nodes_in_the_queue_have_said_nothing(desk):
     desk.say("a", STARTING)
     assert desk.phases(Sighting("a", "h", queued=True)) == {}
