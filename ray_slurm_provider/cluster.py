@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +159,7 @@ class Cluster:
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
+                self.directory.renew_token()
                 return self.create(self.launch(node_type, config, tags, environ))[0]
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
@@ -220,13 +222,12 @@ class Cluster:
         if self._is_autoscaler:
             node_ids = [node_id for node_id in node_ids if node_id != self._environ.get(INSTANCE_VARIABLE)]
         known = self._listing.known
-        if any(node_id in known and known[node_id].is_head for node_id in node_ids):
-            # Its autoscaler must not submit while it goes down.
-            self.directory.set_stopping(True)
+        ends_head = any(node_id in known and known[node_id].is_head for node_id in node_ids)
         with self._lock:
             self._listing.stop_expecting(node_ids)
         try:
-            self._backend.terminate(node_ids)
+            with self._going_down() if ends_head else nullcontext():
+                self._backend.terminate(node_ids)
             with self._lock:
                 self._listing.cancelled(node_ids)
         finally:
@@ -268,14 +269,25 @@ class Cluster:
             trouble = ""
             return not left
 
-        if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
-            raise StateError(
-                f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s{trouble}\n"
-                f"  {self.directory.root} stays; run `ray down` again"
-            )
-        self.directory.remove()
+        with self._going_down():
+            if not procfs.wait_until(gone, _CLEANUP_TIMEOUT_S, poll_s=0.5):
+                raise StateError(
+                    f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s{trouble}\n"
+                    f"  {self.directory.root} stays; run `ray down` again"
+                )
+            self.directory.remove()
 
     # -- inside ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _going_down(self) -> Iterator[None]:
+        """Keep the head's autoscaler from submitting meanwhile; a head that could not be ended goes on."""
+        self.directory.set_stopping(True)
+        try:
+            yield
+        except BaseException:
+            self.directory.set_stopping(False)
+            raise
 
     def _refresh(self) -> None:
         """Look at the nodes, and do what follows from what is seen; the lock is held."""

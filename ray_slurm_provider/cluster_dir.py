@@ -51,6 +51,8 @@ _DIARY_VERSION = 2
 _LOCK_TIMEOUT_S = 30.0
 # Longer than sbatch and the search after it may take.
 _HEAD_LOCK_TIMEOUT_S = 180.0
+# Longer than a `ray down` takes from one step to the next.
+_STOPPING_S = 300.0
 
 
 @dataclass
@@ -134,10 +136,12 @@ class ClusterDir:
             self.root.chmod(0o700)
             for name in ("nodes", "logs"):
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
-            if not self.token_file.exists():
-                write_atomically(self.token_file, secrets.token_hex(32))
         except OSError as error:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
+
+    def renew_token(self) -> None:
+        """Make the token of a new head: whoever got that of an earlier one, by its ports, has no use for it."""
+        write_atomically(self.token_file, secrets.token_hex(32))
 
     def diary(self) -> Diary:
         """Return what changed since birth: what was last known when the file is lost, broken, or cannot be read now.
@@ -272,15 +276,19 @@ class ClusterDir:
 
     @property
     def stopping(self) -> bool:
-        """Whether the cluster is being taken down: nothing new may be submitted."""
-        return (self.root / "stopping").exists()
+        """Whether a `ray down` goes on, so that nothing may be submitted; one that was killed is over after a while."""
+        try:
+            return time.time() - (self.root / "stopping").stat().st_mtime < _STOPPING_S
+        except OSError:
+            return False
 
     def set_stopping(self, stopping: bool) -> None:
         if stopping and self.exists:
             with suppress(FileNotFoundError):
                 (self.root / "stopping").touch(mode=0o600)
         if not stopping:
-            (self.root / "stopping").unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.root / "stopping").unlink()
 
     def remove(self) -> None:
         """Remove everything; and the directory of all clusters when nothing is left in it."""

@@ -89,6 +89,8 @@ class SlurmNodeProvider(NodeProvider):
         if lost := self._cluster.lost_directory():
             raise click.ClickException(lost)
         if self._command.name == "up":
+            if head is not None:
+                self._cluster.directory.set_stopping(False)  # what a `ray down` that failed has left
             return
         if self._command.options.get("start") or (head is not None and head.ready):
             return

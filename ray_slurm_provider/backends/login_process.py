@@ -189,6 +189,12 @@ class LoginProcess:
             state = connection_state(report.address, port, _CONNECT_S) if port and report.address else "unknown"
             if state != "unknown":
                 return state == "open", "" if state == "open" else "its port refuses connections"
+        ours = self._directory.report(node_id)
+        if ours is not None and ours.phase == ENDED:
+            return False, ours.reason
+        if report is not None and ours is not None and report.node_id != node_id and report.time > ours.time:
+            # Heads are started under a lock, and only where none lives.
+            return False, f"head {report.node_id} has taken its place"
         raise StateError(
             f"the head runs on {host}, and from {host_name()} nobody can tell whether it lives\n"
             f"  log in to {host} and try there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -630,6 +631,40 @@ def test_nothing_is_submitted_while_the_cluster_is_taken_down(login, head_id, mo
     assert len(fake_slurm.jobs()) == 1
     login.create_head("head", CONFIG, HEAD)
     assert not login.directory.stopping
+
+
+@pytest.mark.parametrize("error", [SlurmUnavailable(["scancel"], 1, "", "no answer"), KeyboardInterrupt()])
+def test_a_head_that_could_not_be_ended_goes_on_scaling(login, head_id, monitor, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    login.nodes()
+    monkeypatch.setattr(login._backend._jobs._client, "cancel", fail)
+    with pytest.raises(type(error)):
+        login.terminate([head_id])
+    with pytest.raises(type(error)):
+        login.clean_up()
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
+def test_a_ray_down_that_was_killed_stops_scaling_for_minutes_only(login, head_id, monitor):
+    login.directory.set_stopping(True)
+    mark = login.directory.root / "stopping"
+    with pytest.raises(StateError, match="being taken down"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
+    os.utime(mark, (mark.stat().st_mtime - 301,) * 2)
+    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
+def test_each_head_has_a_token_of_its_own(login, head_id, settings, fake_slurm, clock):
+    token = login.directory.token_file.read_text()
+    other = Cluster("c", settings, fake_slurm.environ, clock=clock, wall_clock=clock)
+    other.create_head("head", CONFIG, HEAD)
+    assert login.directory.token_file.read_text() == token  # the head lives
+    login.terminate([head_id])
+    login.create_head("head", CONFIG, HEAD)
+    assert login.directory.token_file.read_text() not in ("", token)
+    assert login.directory.token_file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_worker_starts_with_the_environment_of_ray_up_and_not_of_the_head(fake_slurm, settings, clock):

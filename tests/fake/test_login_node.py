@@ -147,6 +147,20 @@ def test_a_daemon_that_the_setup_commands_left_is_not_taken_for_the_head(make, h
         daemon.wait()
 
 
+def test_a_head_can_move_between_the_login_node_and_a_job(make, head, monkeypatch):
+    make().terminate([head])
+    monkeypatch.setattr(login_process, "host_name", lambda: "a-compute-node")
+    write_report(make().directory.reports, NodeReport(head, "ended", time=time.time()), head=False)
+    job = make().create_head("head", NodeConfig(), HEAD)
+    assert set(make().nodes()) == {job}
+    monkeypatch.undo()
+    make().terminate([job])
+    assert make().nodes() == {}
+    again = make().create_head("head", CONFIG, HEAD)
+    assert set(make().nodes()) == {again}
+    make().terminate([again])
+
+
 def test_the_log_of_an_earlier_head_elsewhere_does_not_hinder_a_head_in_a_job(make, fake_slurm):
     job = make().create_head("head", NodeConfig(), HEAD)
     make().log_of("login-otherhost-123-abcdef").touch()
@@ -255,6 +269,18 @@ class TestFromAnotherLoginNode:
         )
         assert elsewhere().nodes() == {}
         assert "done" in elsewhere().obituary(head)
+
+    def test_an_earlier_one_does_not_hinder_the_head_that_took_its_place(self, elsewhere, head):
+        paths, now = elsewhere().directory.reports, time.time()
+        write_report(paths, NodeReport("7-abcdef", "ended", time=now - 60), head=True)
+        write_report(paths, NodeReport(head, "ready", time=now - 30), head=False)
+        with pytest.raises(StateError, match="log in to"):
+            elsewhere().nodes()  # what an even earlier one has left tells nothing
+        write_report(paths, NodeReport("9-abcdef", "starting", time=now), head=True)
+        assert elsewhere().nodes() == {}
+        job = elsewhere().create_head("head", NodeConfig(), HEAD)
+        assert set(elsewhere().nodes()) == {job}
+        assert "head 9-abcdef has taken its place" in elsewhere().obituary(head)
 
     def test_it_is_asked_to_end(self, elsewhere, head):
         with socket.socket() as server:
