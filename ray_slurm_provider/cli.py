@@ -193,7 +193,7 @@ def gc(state_dir: Path | None, yes: bool) -> None:
     """List jobs and directories that belong to none of your clusters that live; with --yes, end and remove them."""
     settings, slurm = _without_yaml()
     garbage = find_garbage(slurm, state_dir or settings.directory(), settings.temp_dir)
-    for line in garbage.lines() or ["nothing is left over"]:
+    for line in [*garbage.kept, *(garbage.lines() or ["nothing is left over"])]:
         click.echo(line)
     if garbage and yes:
         remove_garbage(slurm, garbage, settings.temp_dir)

@@ -34,9 +34,11 @@ from ray_slurm_provider.errors import (
 from ray_slurm_provider.launch_control import End, LaunchControl
 from ray_slurm_provider.listing import Listing
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node
+from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.slurm.client import SlurmClient, grouped
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.slurm.reasons import ELSEWHERE
+from ray_slurm_provider.slurm.types import SlurmIdentity
 from ray_slurm_provider.worker_launcher import WorkerLauncher
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,7 @@ class Cluster:
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
+                self.directory.save_slurm(self._own_slurm())
                 self.directory.renew_token()
                 return self.create(self.launch(node_type, config, tags, environ))[0]
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
@@ -275,9 +278,26 @@ class Cluster:
                     f"jobs of cluster {self.name} have not ended after {_CLEANUP_TIMEOUT_S:g} s{trouble}\n"
                     f"  {self.directory.root} stays; run `ray down` again"
                 )
+            if self.directory.exists:
+                self._own_slurm()
             self.directory.remove()
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _own_slurm(self) -> SlurmIdentity:
+        """Return which SLURM answers.
+
+        Raises:
+            StateError: The jobs of this cluster are in another one, and it has not ended.
+        """
+        here, own, head = self.slurm_client().identity(), self.directory.slurm(), self.directory.head_report()
+        if own is None or own.is_same(here) or (head is not None and head.phase == ENDED):
+            return here
+        raise StateError(
+            f"the jobs of cluster {self.name} are in {own}, but {here} answers here\n"
+            "  set SLURM_CONF and provider.slurm.clusters as they were for its `ray up`;"
+            f" or, when nothing of the cluster runs there any more, remove {self.directory.root}"
+        )
 
     @contextmanager
     def _going_down(self) -> Iterator[None]:

@@ -7,6 +7,7 @@
     state.lock, head.lock       held while the diary changes, and while a head is submitted
     login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
+    slurm.json                  which SLURM has the cluster's jobs: its name and its controllers
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
     nodes/<node id>.env         its environment, for commands that run there
     nodes/<node id>.stop        asks the head to end;  <node id>.restart  to restart Ray; it removes them
@@ -43,6 +44,7 @@ from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import is_gone, open_file, read_json_object, read_text, write_atomically, write_json
 from ray_slurm_provider.locks import locked
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
+from ray_slurm_provider.slurm.types import SlurmIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class ClusterDir:
 
     @property
     def exists(self) -> bool:
-        return self.root.is_dir()
+        return not is_gone(self.root)
 
     @property
     def missing(self) -> str:
@@ -138,6 +140,24 @@ class ClusterDir:
                 (self.root / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
+
+    def save_slurm(self, slurm: SlurmIdentity) -> None:
+        write_json(self.root / "slurm.json", slurm._asdict())
+
+    def slurm(self) -> SlurmIdentity | None:
+        """Return which SLURM has the cluster's jobs, None when nobody has noted it.
+
+        Raises:
+            StateError: The note cannot be read now.
+        """
+        path = self.root / "slurm.json"
+        if is_gone(path):
+            return None
+        value = read_json_object(path) or {}
+        name, controllers = value.get("name"), value.get("controllers")
+        if not isinstance(name, str) or not isinstance(controllers, list):
+            raise StateError(f"{path} cannot be read: it is not known which SLURM has the cluster's jobs")
+        return SlurmIdentity(name, tuple(map(str, controllers)))
 
     def renew_token(self) -> None:
         """Make the token of a new head: whoever got that of an earlier one, by its ports, has no use for it."""

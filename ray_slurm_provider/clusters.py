@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ray_slurm_provider.agent.network import connection_state
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.reports import READY
+from ray_slurm_provider.reports import ENDED, READY
 from ray_slurm_provider.slurm.client import SlurmClient
-from ray_slurm_provider.slurm.types import Job
+from ray_slurm_provider.slurm.types import Job, SlurmIdentity
+
+_CONNECT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,24 +39,26 @@ class FoundCluster:
     jobs: list[tuple[BirthCertificate, Job]] = field(default_factory=list)  # those that live
     directory: ClusterDir | None = None
 
-    def heads(self, name: str) -> tuple[list[tuple[str, bool]], bool]:
-        """Return the living heads, each with whether it waits, and whether there may be one that nobody sees."""
+    def heads(self, name: str, here: SlurmIdentity) -> tuple[list[tuple[str, bool]], str]:
+        """Return the living heads, each with whether it waits, and why there may be one that is not seen from here."""
         heads = [
             (certificate.node_id(job.job_id), job.queued) for certificate, job in self.jobs if not certificate.head
         ]
         elsewhere = any(certificate.head.startswith(LOGIN_PREFIX) for certificate, _ in self.jobs)
+        unseen = "its head is a process on a login node" if elsewhere else ""
         if self.directory is None:
-            return heads, elsewhere
+            return heads, unseen
         try:
             seen = LoginProcess(self.directory, name).sightings()
-        except StateError:
-            return heads, True
-        return [*heads, *((one.node_id, one.queued) for one in seen if one.alive)], elsewhere and not seen
+            heads += [(one.node_id, one.queued) for one in seen if one.alive]
+            return heads, "" if heads else (unseen if not seen else "") or _why_unseen(self.directory, here)
+        except StateError as error:
+            return heads, str(error).partition("\n")[0]
 
 
 def find_clusters(client: SlurmClient, state_dir: Path) -> list[ClusterRow]:
-    found = collect_clusters(client, state_dir)
-    return [_row(name, found[name, home]) for name, home in sorted(found)]
+    found, here = collect_clusters(client, state_dir), client.identity()
+    return [_row(name, found[name, home], here) for name, home in sorted(found)]
 
 
 def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, str], FoundCluster]:
@@ -80,6 +85,17 @@ def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, st
     return found
 
 
+def _why_unseen(directory: ClusterDir, here: SlurmIdentity) -> str:
+    """Return why a cluster without a head in squeue may live all the same."""
+    slurm, report = directory.slurm(), directory.head_report()
+    if slurm is not None and not slurm.is_same(here):
+        return f"its jobs are in {slurm}, but {here} answers here"
+    if report is None or report.phase == ENDED or not report.gcs_address:
+        return ""
+    open_port = connection_state(report.address, report.ports["gcs"], _CONNECT_S) == "open"
+    return f"its head answers at {report.gcs_address}, but {here} does not know it" if open_port else ""
+
+
 def _directories_in(state_dir: Path) -> Iterator[Path]:
     if state_dir.is_dir():
         yield from (path for path in state_dir.iterdir() if (path / "logs").is_dir() and (path / "nodes").is_dir())
@@ -91,9 +107,9 @@ def _directory_of(client: SlurmClient, job: Job, name: str) -> ClusterDir | None
     return ClusterDir(root.parent, name) if root.name == name else None
 
 
-def _row(name: str, entry: FoundCluster) -> ClusterRow:
+def _row(name: str, entry: FoundCluster, here: SlurmIdentity) -> ClusterRow:
     directory = entry.directory
-    heads, unknown = entry.heads(name)
+    heads, unseen = entry.heads(name, here)
     workers = [job for certificate, job in entry.jobs if certificate.head]
     head, queued = heads[0] if heads else ("", False)
     report = directory.head_report() if directory is not None else None
@@ -101,7 +117,7 @@ def _row(name: str, entry: FoundCluster) -> ClusterRow:
     if head:
         state = "up" if ready else "queued" if queued else "starting"
     else:
-        state = "unknown" if unknown else "no head" if workers else "down"
+        state = "unknown" if unseen else "no head" if workers else "down"
     return ClusterRow(
         name=name,
         state=state,

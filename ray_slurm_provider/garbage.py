@@ -26,6 +26,7 @@ class Garbage:
     jobs: dict[str, str]  # by their ids, what they are
     directories: list[ClusterDir]  # of clusters of which nothing runs
     temp_dirs: list[Path]  # what killed jobs left on this host
+    kept: list[str]  # directories of clusters that may live elsewhere, and why
 
     def __bool__(self) -> bool:
         return bool(self.jobs or self.directories or self.temp_dirs)
@@ -46,11 +47,13 @@ def find_garbage(client: SlurmClient, state_dir: Path, temp_dir: str, now: float
     """
     now = time.time() if now is None else now
     jobs: dict[str, str] = {}
-    directories = []
-    for (name, _), entry in collect_clusters(client, state_dir).items():
-        heads, unknown = entry.heads(name)
+    directories, kept = [], []
+    found, here = collect_clusters(client, state_dir), client.identity()
+    for (name, _), entry in found.items():
+        heads, unseen = entry.heads(name, here)
         living = {node_id for node_id, _ in heads}
-        if unknown:
+        if unseen:
+            kept += [f"directory {entry.directory.root} is left alone: {unseen}"] if entry.directory else []
             continue
         for certificate, job in entry.jobs:
             if certificate.head and certificate.head not in {*living, _CANARY_HEAD}:
@@ -60,7 +63,7 @@ def find_garbage(client: SlurmClient, state_dir: Path, temp_dir: str, now: float
         if entry.directory is not None and not living and _age_s(entry.directory, now) > _YOUNG_S:
             left = [job for _, job in entry.jobs if job.job_id not in jobs]
             directories += [entry.directory] if entry.directory.exists and not left else []
-    return Garbage(jobs, directories, dead_temp_dirs(temp_dir))
+    return Garbage(jobs, directories, dead_temp_dirs(temp_dir), kept)
 
 
 def remove_garbage(client: SlurmClient, garbage: Garbage, temp_dir: str) -> None:

@@ -4,8 +4,8 @@
 Whether it lives, the kernel of its host knows: process id, start time and boot id name it for good. The
 record in the cluster directory tells these to every `ray` command. When the record is lost, the names of
 the head's files hold its host and process id, and that process carries its birth certificate in its
-environment. On another login node its life is read from what it says itself, and from its GCS port: open,
-or positively refused.
+environment. On another login node its life is read from what it says itself, and from its GCS port when that is
+open; a refused connection may be a firewall's.
 """
 
 import logging
@@ -186,9 +186,8 @@ class LoginProcess:
             if report.phase == ENDED:
                 return False, report.reason
             port = report.ports.get("gcs")
-            state = connection_state(report.address, port, _CONNECT_S) if port and report.address else "unknown"
-            if state != "unknown":
-                return state == "open", "" if state == "open" else "its port refuses connections"
+            if port and report.address and connection_state(report.address, port, _CONNECT_S) == "open":
+                return True, ""
         ours = self._directory.report(node_id)
         if ours is not None and ours.phase == ENDED:
             return False, ours.reason
@@ -197,7 +196,7 @@ class LoginProcess:
             return False, f"head {report.node_id} has taken its place"
         raise StateError(
             f"the head runs on {host}, and from {host_name()} nobody can tell whether it lives\n"
-            f"  log in to {host} and try there"
+            f"  log in to {host} and try there; if that host is gone for good, remove {self._directory.root}"
         )
 
     def _last_words(self, head: LoginHead) -> str:

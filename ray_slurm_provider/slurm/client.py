@@ -14,7 +14,7 @@ from ray_slurm_provider.errors import (
 )
 from ray_slurm_provider.slurm import parse
 from ray_slurm_provider.slurm.process import SlurmTools
-from ray_slurm_provider.slurm.types import Job, JobEnd
+from ray_slurm_provider.slurm.types import Job, JobEnd, SlurmIdentity
 
 # sbatch's own words, and the category we give them; the first that fits wins.
 _REJECTIONS = (
@@ -146,6 +146,12 @@ class SlurmClient:
 
     def configuration(self) -> dict[str, str]:
         return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
+
+    def identity(self) -> SlurmIdentity:
+        config = self.configuration()
+        hosts = [value for key, value in sorted(config.items()) if key.startswith("SlurmctldHost")]
+        port = config.get("SlurmctldPort", "")
+        return SlurmIdentity(config.get("ClusterName", ""), tuple(f"{host.partition('(')[0]}:{port}" for host in hosts))
 
     def associations(self, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return accounts and QOS of a user by the accounting database, the default account first."""

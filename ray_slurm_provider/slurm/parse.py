@@ -89,7 +89,7 @@ def parse_show(text: str) -> dict[str, str]:
 
 def parse_config(text: str) -> dict[str, str]:
     """Return the ``Key = Value`` lines of ``scontrol show config``."""
-    pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+\s*=", line))
+    pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"[\w\[\]]+\s*=", line))
     return {key.strip(): value.strip() for key, value in pairs}
 
 

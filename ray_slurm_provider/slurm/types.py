@@ -13,6 +13,20 @@ logger = logging.getLogger(__name__)
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
+class SlurmIdentity(NamedTuple):
+    """Which SLURM answers, by its configuration."""
+
+    name: str  # ClusterName
+    controllers: tuple[str, ...]  # SlurmctldHost and SlurmctldPort of each host that may be in control
+
+    def is_same(self, other: SlurmIdentity) -> bool:
+        """Return whether two answers come from one SLURM; a site may add and remove hosts for its controller."""
+        return self.name == other.name and not set(self.controllers).isdisjoint(other.controllers)
+
+    def __str__(self) -> str:
+        return f"SLURM cluster {self.name} ({', '.join(self.controllers)})"
+
+
 class Meaning(Enum):
     """What a job state means for a Ray node."""
 

@@ -13,6 +13,8 @@ The state is a directory, FAKE_SLURM_DIR: ``jobs.json``, and ``faults.json`` wit
     comment     what the site writes into the comment of every job
     scontrol    what scontrol prints in place of the truth, on its standard error when it fails, and its exit code
     federation  what scontrol shows of the federation
+    slurm       SLURM's name of the cluster
+    controllers the hosts of its controller
     squeue      what squeue prints in place of the truth; "half" cuts the last line
     calls       counted by tool (written, not read)
 """
@@ -168,7 +170,12 @@ def scontrol(faults):
         print(faults.get("federation", ""), end="")
         return
     if sys.argv[1:3] == ["show", "config"]:
+        print("Configuration data as of 2026-01-01T00:00:00")
+        print(f"ClusterName             = {faults.get('slurm', 'fake')}")
         print(f"MaxArraySize            = {faults.get('says_max_array_size', 1001)}")
+        for index, host in enumerate(faults.get("controllers", ["ctl1"])):
+            print(f"SlurmctldHost[{index}]        = {host}(10.0.0.{index})")
+        print("SlurmctldPort           = 6817")
         return
     if "scontrol" in faults:
         words, code = faults["scontrol"]

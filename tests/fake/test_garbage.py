@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 import pytest
 
 from fake.harness import HEAD, WORKER
 from ray_slurm_provider.cluster import Cluster
+from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.errors import SlurmError, StateError
 from ray_slurm_provider.garbage import find_garbage, remove_garbage
+from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 
 
 @pytest.fixture(params=["comment", "file"])
@@ -81,6 +84,66 @@ def test_directories_that_are_no_clusters_are_left_alone(cluster, tmp_path):
     precious.mkdir()
     os.utime(precious, (0, 0))
     assert not _garbage(cluster, tmp_path)
+
+
+@pytest.fixture
+def another_slurm(fake_slurm):
+    """Return what makes the tools speak to a SLURM of another identity, which has none of the jobs."""
+
+    def speak(**identity):
+        (fake_slurm.directory / "jobs.json").unlink()
+        fake_slurm.faults(**identity)
+
+    return speak
+
+
+OTHERS = [{"slurm": "other"}, {"controllers": ["ctl9"]}]
+
+
+@pytest.mark.parametrize("identity", OTHERS)
+def test_a_cluster_of_another_slurm_is_left_alone(cluster, another_slurm, tmp_path, identity):
+    another_slurm(**identity)
+    garbage = _garbage(cluster, tmp_path)
+    assert not garbage
+    assert "its jobs are in SLURM cluster fake (ctl1:6817), but SLURM cluster" in garbage.kept[0]
+    (row,) = find_clusters(cluster.slurm_client(), tmp_path / "state")
+    assert (row.name, row.state) == ("c", "unknown")
+
+
+@pytest.mark.parametrize("identity", OTHERS)
+def test_a_command_that_reaches_another_slurm_neither_removes_nor_starts_a_cluster(cluster, another_slurm, identity):
+    another_slurm(**identity)
+    again = Cluster("c", cluster.settings, cluster._environ)
+    token = cluster.directory.token_file.read_text()
+    with pytest.raises(StateError, match="set SLURM_CONF"):
+        again.clean_up()
+    with pytest.raises(StateError, match="set SLURM_CONF"):
+        again.create_head("head", NodeConfig(), HEAD)
+    assert cluster.directory.token_file.read_text() == token
+    # With its own word that it ended it may be started anywhere, and belongs there then.
+    write_report(cluster.directory.reports, NodeReport("1-a", ENDED), head=True)
+    again.create_head("head", NodeConfig(), HEAD)
+    assert again.directory.slurm() == again.slurm_client().identity()
+
+
+def test_another_host_for_the_controller_is_no_other_slurm(cluster, another_slurm, tmp_path):
+    another_slurm(controllers=["ctl0", "ctl1"])
+    assert not _garbage(cluster, tmp_path).kept
+
+
+def test_a_head_that_answers_is_no_garbage_though_slurm_does_not_know_it(cluster, fake_slurm, tmp_path):
+    (cluster.directory.root / "slurm.json").unlink()
+    for number in (1, 2, 3):
+        fake_slurm.change(number, state="CANCELLED")
+    with socket.socket() as gcs:
+        gcs.bind(("127.0.0.1", 0))
+        gcs.listen()
+        report = NodeReport("1-a", READY, address="127.0.0.1", ports={"gcs": gcs.getsockname()[1]})
+        write_report(cluster.directory.reports, report, head=True)
+        garbage = _garbage(cluster, tmp_path)
+        assert not garbage
+        assert "its head answers at 127.0.0.1:" in garbage.kept[0]
+    assert len(_garbage(cluster, tmp_path).directories) == 1
 
 
 @pytest.mark.parametrize("faults", [{"down": ["squeue"]}, {"squeue": ""}, {"squeue": "half"}])
