@@ -118,7 +118,7 @@ class WorkerLauncher:
         for gate in self._gates:
             if (refusal := gate(request)) is not None:
                 raise refusal
-        if request.node_type in self._unanswered.values():
+        if request.node_type in list(self._unanswered.values()):
             # Before more is submitted, what was is looked for once more.
             self._cluster.forget_listing()
             _count(self._late(request.node_type), [request])

@@ -9,14 +9,7 @@ from ray_slurm_provider.backends.launch_script import job_spec, new_certificate
 from ray_slurm_provider.batch_script import render
 from ray_slurm_provider.birth_certificate import BirthCertificate, job_id_of, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords, token_in
-from ray_slurm_provider.errors import (
-    SlurmError,
-    SlurmNotFound,
-    SlurmUnavailable,
-    StateError,
-    SubmitRejected,
-    SubmitUnanswered,
-)
+from ray_slurm_provider.errors import SlurmError, StateError, SubmitUnanswered
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.reasons import ELSEWHERE, STARTED_ELSEWHERE
 from ray_slurm_provider.slurm.types import Job, JobState, Meaning, element_ids
@@ -62,9 +55,9 @@ class SlurmJobs:
             self._births.save(certificate)
         try:
             job_id = self._client.submit(script, launch.environ)
-        except SlurmUnavailable as error:
+        except SubmitUnanswered as error:
             job_id = self._find(certificate, error)
-        except (SubmitRejected, SlurmNotFound):
+        except SlurmError:
             if in_file:
                 self._births.forget(certificate.token)
             raise
@@ -145,10 +138,9 @@ class SlurmJobs:
             "  set provider.slurm.birth_record: file"
         )
 
-    def _find(self, certificate: BirthCertificate, error: SlurmUnavailable) -> str:
+    def _find(self, certificate: BirthCertificate, error: SubmitUnanswered) -> str:
         """Return the job that sbatch submitted without saying so; raise its error when none is seen."""
-        if isinstance(error, SubmitUnanswered):
-            error.token = certificate.token
+        error.token = certificate.token
         try:
             jobs = self._client.jobs()
         except SlurmError:

@@ -60,7 +60,8 @@ _NEVER_SENT = re.compile(
     r"Unable to open|This does not look like a batch script|Batch script (contains|is empty)|.*mutually exclusive)",
     re.MULTILINE,
 )
-_NOT_CONNECTED = ("(connect failure)", "Munge encode failed")
+# It reached nobody, or had no credential to send.
+_NOT_CONNECTED = re.compile(r"^sbatch: error: .*(\(connect failure\)$|Munge encode failed)", re.MULTILINE)
 _SHOWN = {"job": "JobId=", "node": "NodeName="}
 # All of what scontrol says of a job or a node that SLURM does not know; a wrapper's "not found" is something else.
 _UNKNOWN = re.compile(r"^(slurm_load_jobs error: Invalid job id specified|Node \S+ not found)$", re.MULTILINE)
@@ -113,7 +114,7 @@ class SlurmClient:
         except SlurmError as error:
             if _is_refusal(error):
                 raise _rejected(error) from error
-            if error.returncode == 1 and any(words in error.stderr for words in _NOT_CONNECTED):
+            if _NOT_CONNECTED.search(error.stderr) and "retrying" not in error.stderr:
                 raise
             raise SubmitUnanswered.after(error) from error
 

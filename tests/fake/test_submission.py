@@ -21,6 +21,10 @@ RESET = {"err": f"{FAILED}Connection reset by peer\n"}
 UNCLEAR = {
     "reset": RESET,
     "send failure": {"err": f"{FAILED}Unable to contact slurm controller (send failure)\n"},
+    "second try": {
+        "err": "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying.\n"
+        f"{FAILED}Unable to contact slurm controller (connect failure)\n"
+    },
     "time": {"err": f"{FAILED}Socket timed out on send/recv operation\n"},
     "no bytes": {"err": f"{FAILED}Zero Bytes were transmitted or received\n"},
     "unexpected": {"err": f"{FAILED}Unexpected message received\n"},
@@ -144,12 +148,14 @@ def test_slurms_own_refusals_are_known(monitor, fake_slurm, words):
     assert fake_slurm.calls("squeue") == asked
 
 
-def test_a_controller_that_cannot_be_reached_holds_nothing_up(monitor, fake_slurm):
+def test_a_controller_that_cannot_be_reached_holds_nothing_up_and_leaves_no_record(make, fake_slurm):
+    monitor = make(make().create_head("head", CONFIG, HEAD), birth_record="file")
     fake_slurm.faults(down=["sbatch"])
     for _ in range(2):
         with pytest.raises(SlurmUnavailable) as error:
             _create(monitor, 1)
         assert not isinstance(error.value, SubmitUnanswered)
+    assert list(monitor.directory.births.iterdir()) == []
     fake_slurm.faults()
     assert _create(monitor, 1)
 
