@@ -33,7 +33,7 @@ from ray_slurm_provider.errors import (
 )
 from ray_slurm_provider.launch_control import End, LaunchControl
 from ray_slurm_provider.listing import Listing
-from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, Node
+from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, VANISHED, Node
 from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.slurm.client import SlurmClient, grouped
 from ray_slurm_provider.slurm.process import SlurmTools
@@ -125,14 +125,14 @@ class Cluster:
     def log_of(self, node_id: str) -> Path:
         return log_path(self.directory.root, node_id)
 
-    def obituary(self, node_id: str) -> str:
-        """Return how and why a node ended, with the last lines of its log."""
+    def obituary(self, node_id: str, how: str = "") -> str:
+        """Return how, if that is not known already, and why a node ended, with the last lines of its log."""
         why = self.directory.reason(node_id)
         report = self.directory.report(node_id)
         if not why and report is not None:
             why = report.reason
         known = self._listing.known.get(node_id)
-        lines = [f"{known.label if known else node_id} ended: {self._backend.how_ended(node_id)}"]
+        lines = [f"{known.label if known else node_id} ended: {how or self._backend.how_ended(node_id)}"]
         lines += [f"  reason: {why}"] if why else []
         lines += [f"  log: {self.log_of(node_id)}"]
         return "\n".join(lines + [f"  | {line}" for line in log_tail(self.log_of(node_id))])
@@ -343,7 +343,7 @@ class Cluster:
     def _tell_of(self, failed: Sequence[Node]) -> None:
         """Say how jobs failed, of a few in words: SLURM is asked about each of those."""
         for node in failed[:_OBITUARIES]:
-            logger.warning("%s", self.obituary(node.node_id))
+            logger.warning("%s", self.obituary(node.node_id, VANISHED if node.seen.state == VANISHED else ""))
         others = [job_id_of(node.node_id) for node in failed[_OBITUARIES:]]
         if others:
             logger.warning("%d more jobs failed: %s", len(others), " ".join(grouped(others)))
