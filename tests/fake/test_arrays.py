@@ -120,7 +120,7 @@ def test_many_that_are_gone_are_one_question(make_monitor, fake_slurm, clock):
     asked = fake_slurm.calls("scontrol")
     clock.now += 2
     assert _workers(monitor) == set()
-    assert fake_slurm.calls("scontrol") == asked + 4  # and one about each of the three ends that are told in words
+    assert fake_slurm.calls("scontrol") == asked + 1
 
 
 def test_those_that_were_ended_here_may_go_without_a_question(make_monitor, fake_slurm, clock):
