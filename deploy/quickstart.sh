@@ -24,6 +24,14 @@ began=$(date +%s)
 
 say() { printf '\n== %s\n' "$*"; }
 seconds_since() { echo $(($(date +%s) - $1)); }
+# What lies in such a directory tells what is run.
+is_private() { [ -d "$1" ] && [ ! -L "$1" ] && [ -O "$1" ] && [ -z "$(find "$1" -maxdepth 0 -perm /022)" ]; }
+
+if { [ -e "$work" ] || [ -L "$work" ]; } && ! is_private "$work"; then
+    echo "quickstart: $work must be a directory of yours, and writable by nobody else;" \
+        "remove it or set RAY_SLURM_QUICKSTART_DIR" >&2
+    exit 1
+fi
 
 # shellcheck source=deploy/prerequisites.sh
 . "$clone/deploy/prerequisites.sh"
@@ -38,7 +46,7 @@ finish() {
     code=$?
     trap - EXIT
     for child in $watcher $workload; do kill "$child" 2>/dev/null || true; done
-    if [ "$code" -ne 0 ] && [ -f "$yaml" ]; then
+    if [ "$code" -ne 0 ] && is_private "$work" && [ -f "$yaml" ]; then
         echo "quickstart: something failed; taking everything down again" >&2
         take_down >/dev/null 2>&1 || true
     fi
@@ -73,8 +81,8 @@ fi
 
 say "Starting a real SLURM: 3 nodes of 4 CPUs"
 step=$(date +%s)
-mkdir -p "$work"
-chmod 755 "$work"
+mkdir -p "$(dirname "$work")"
+mkdir -m 755 "$work"
 echo $$ >"$work/quickstart.pid"
 ray-slurm sandbox up --nodes 3 --cpus 4 --memory 8G --state-dir "$sandbox"
 eval "$(ray-slurm sandbox env --state-dir "$sandbox")"

@@ -3,6 +3,7 @@
 The configuration was tried on SLURM 22.05; slurm.conf(5) and gres.conf(5) say what each line means.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +244,18 @@ def render_gres_conf(spec: SandboxSpec, paths: SandboxPaths) -> str:
         for group in spec.nodes
         if group.gpus
     )
+
+
+def render_cgroup_conf(version: str) -> str:
+    """Return the text of cgroup.conf for a host with cgroup v2 alone, by what ``sinfo --version`` says.
+
+    With its plugin for v2 slurmd does not start there without systemd. Releases up to 20.11 have no plugins.
+    """
+    found = re.search(r"(\d+)\.(\d+)", version)
+    release = (int(found[1]), int(found[2])) if found is not None else (0, 0)
+    if release >= (24, 11):
+        return "CgroupPlugin=disabled\n"
+    return "CgroupPlugin=cgroup/v1\n" if release >= (21, 8) else ""
 
 
 def _pairs(options: Mapping[str, str | int]) -> str:

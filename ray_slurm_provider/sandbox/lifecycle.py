@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ray_slurm_provider.sandbox.layout import (
     SandboxSpec,
     VirtualNode,
     read_layout,
+    render_cgroup_conf,
     render_gres_conf,
     render_slurm_conf,
     virtual_nodes,
@@ -39,8 +40,12 @@ _STARTUP_TIMEOUT_S = 20.0
 # A little more than the KillWait of its configuration.
 _JOBS_END_TIMEOUT_S = 8.0
 _DAEMON_GRACE_S = 3.0
+_CGROUP_V2 = Path("/sys/fs/cgroup/cgroup.controllers")  # there where v2 is the only one
 # Below the usual ephemeral range (/proc/sys/net/ipv4/ip_local_port_range starts at 32768).
 _PORT_RANGE = (20000, 30000)
+# Without root all jobs run as whoever started the sandbox, those of other users too (srun, tried with 22.05). So no
+# other user may reach munge, and with it SLURM; munged wants its socket open to everybody, and is told otherwise.
+_ROOTLESS = os.getuid() != 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,9 @@ class SandboxStatus:
 
     @property
     def healthy(self) -> bool:
-        usable = {"idle", "mixed", "allocated", "completing"}
-        return self.controller and self.munged and usable.issuperset(self.nodes.values())
+        usable = {"idle", "mixed", "allocated", "completing", "planned"}
+        # sinfo(1), NODE STATE CODES: "-" is planned for another job, "+" has jobs that are completing.
+        return self.controller and self.munged and all(state.rstrip("-+") in usable for state in self.nodes.values())
 
 
 class Sandbox:
@@ -90,6 +96,7 @@ class Sandbox:
 
     def down(self) -> None:
         """End every process and remove every file of it; nothing to do is no error."""
+        self._require_private()
         if self.paths.root.exists() and not self.exists and any(self.paths.root.iterdir()):
             raise SandboxError(f"{self.paths.root} is not a sandbox; it is left alone")
         self._remove()
@@ -132,6 +139,7 @@ class Sandbox:
             f"--log-file={self.paths.logs / 'munged.log'}",
             "--num-threads=4",
             "--group-update-time=-1",
+            *(["--force"] if _ROOTLESS else []),
         )
 
     def start_controller(self, option: str = "-i") -> None:
@@ -144,7 +152,18 @@ class Sandbox:
     def start_node(self, name: str) -> None:
         self._daemon("slurmd", "-N", name, prefix=self.prefix(name))
 
+    def _require_private(self) -> None:
+        """Refuse a directory in which another user may have put files, for they tell what is run."""
+        root = self.paths.root
+        with suppress(FileNotFoundError):
+            owners = {root.lstat().st_uid, root.stat().st_uid}
+            if not owners <= {0, os.getuid()} or root.stat().st_mode & 0o022:
+                raise SandboxError(
+                    f"{root} must be yours, and writable by nobody else; remove it or choose another --state-dir"
+                )
+
     def _require(self) -> dict[str, Any]:
+        self._require_private()
         record = read_json_object(self.paths.record)
         if record is None:
             raise SandboxError(f"there is no sandbox in {self.paths.root}; start one: ray-slurm sandbox up")
@@ -158,6 +177,7 @@ class Sandbox:
             )
         if any(character.isspace() or character in "#,\\\"'" for character in str(root)):
             raise SandboxError(f"{root!s}: slurm.conf cannot hold such a path; use one without blanks and quotes")
+        self._require_private()
         if self.exists:
             if daemons.processes_of(self.paths):
                 raise SandboxError(
@@ -169,6 +189,7 @@ class Sandbox:
         except FileExistsError:
             if not root.is_dir() or any(root.iterdir()):
                 raise SandboxError(f"{root} exists and is not a sandbox; choose another --state-dir") from None
+            self._require_private()
         except OSError as error:
             raise SandboxError(f"{root} cannot be made: {error.strerror}") from error
 
@@ -192,7 +213,7 @@ class Sandbox:
         # munged refuses directories that others may write to.
         root.chmod(0o755)
         for name in ("munge", "log", "run", "ctld", "spool", "dev"):
-            (root / name).mkdir(mode=0o700 if name == "ctld" else 0o755)
+            (root / name).mkdir(mode=0o700 if name == "ctld" or (name == "munge" and _ROOTLESS) else 0o755)
         for index in range(max(group.gpus for group in spec.nodes)):
             (root / "dev" / f"nvidia{index}").symlink_to("/dev/null")
         nodes = self.virtual_nodes(spec, base_port)
@@ -200,6 +221,8 @@ class Sandbox:
             render_slurm_conf(spec, self.paths, nodes, _host(), getpass.getuser(), base_port)
         )
         (root / "gres.conf").write_text(render_gres_conf(spec, self.paths))
+        if _CGROUP_V2.exists():
+            (root / "cgroup.conf").write_text(render_cgroup_conf(self._ask("sinfo", "--version")))
         if spec.job_submit:
             # SLURM looks for it beside slurm.conf.
             (root / "job_submit.lua").write_text(spec.job_submit)

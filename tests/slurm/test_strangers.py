@@ -265,6 +265,41 @@ def test_a_cache_that_somebody_else_has_written_is_refused(clusters, monkeypatch
         cache.unlink()
 
 
+def test_no_job_of_another_user_runs_in_a_sandbox_without_root(users, site_prefix, sandbox_environment, public_place):
+    python, root = str(site_prefix / "bin" / "python"), public_place / users[0] / "sandbox"
+    environ = {name: value for name, value in sandbox_environment.items() if name != "SLURM_CONF"}
+
+    def run(user, *words, **variables):
+        return subprocess.run(
+            words,
+            user=user,
+            group=user,
+            extra_groups=[],
+            cwd="/",
+            env={**environ, "PATH": "/usr/bin:/bin:/usr/sbin", "HOME": str(public_place / user), **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    sandbox = (users[0], python, "-m", "ray_slurm_provider.cli", "sandbox")
+    done = run(*sandbox, "up", "--nodes", "1", "--state-dir", str(root))
+    assert done.returncode == 0, done.stderr
+    try:
+        (public_place / users[0]).chmod(0o755)
+        srun = ("srun", "--immediate=20", "id", "-un")
+        assert run(users[0], *srun, SLURM_CONF=str(root / "slurm.conf")).stdout.strip() == users[0]
+        for words in (srun, ("sbatch", "--wrap", "id"), ("scontrol", "ping")):
+            done = run(users[1], *words, SLURM_CONF=str(root / "slurm.conf"))
+            assert users[0] not in done.stdout
+            assert "munge" in done.stderr.lower() or "is DOWN" in done.stdout
+    finally:
+        (public_place / users[0]).chmod(0o700)
+        done = run(*sandbox, "down", "--state-dir", str(root))
+        assert done.returncode == 0, done.stderr
+
+
 def test_both_go_and_leave_nothing(clusters):
     for cluster in clusters:
         cluster.down()
