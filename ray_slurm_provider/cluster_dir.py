@@ -291,7 +291,15 @@ class ClusterDir:
         write_atomically(self.root / "submit_env.json", json.dumps(dict(environ), sort_keys=True))
 
     def environment(self) -> dict[str, str] | None:
-        value = read_json_object(self.root / "submit_env.json")
+        """Return the environment of `ray up`, None when it was not saved.
+
+        Raises:
+            StateError: It cannot be read now.
+        """
+        path = self.root / "submit_env.json"
+        value = read_json_object(path)
+        if value is None and not is_gone(path):
+            raise StateError(f"{path} cannot be read: it is the environment that the jobs start with")
         return None if value is None else {str(name): str(text) for name, text in value.items()}
 
     @property

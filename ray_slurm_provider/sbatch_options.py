@@ -204,7 +204,10 @@ class SbatchOptions(Section):
 
 
 # Ways to say the same: whoever says one of them does not want another one's default.
-_ALTERNATIVES = (("mem", "mem_per_cpu", "mem_per_gpu"), ("gres", "gpus", "gpus_per_node", "gpus_per_task"))
+_ALTERNATIVES = (
+    ("mem", "mem_per_cpu", "mem_per_gpu"),
+    ("gres", "gpus", "gpus_per_node", "gpus_per_task", "tres_per_task"),
+)
 
 
 def with_alternatives(names: Iterable[str]) -> set[str]:

@@ -87,7 +87,7 @@ class WorkerLauncher:
                 # A SLURM that does not answer would keep us waiting for each of them.
                 if answers:
                     self._launch(request)
-            except _REASONS_TO_WAIT:
+            except (*_REASONS_TO_WAIT, StateError):
                 pass
             except SlurmError:
                 answers = False

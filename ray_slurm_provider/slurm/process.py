@@ -94,7 +94,7 @@ class SlurmTools(NamedTuple):
         try:
             done = subprocess.run(
                 command,
-                input=os.fsencode(stdin),
+                input=stdin.encode(errors="surrogateescape"),
                 capture_output=True,
                 timeout=self.timeout_s,
                 env=env,

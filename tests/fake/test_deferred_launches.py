@@ -11,7 +11,7 @@ import pytest
 from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, SubmitRejected
+from ray_slurm_provider.errors import LaunchDelayed, SlurmUnavailable, StateError, SubmitRejected
 from ray_slurm_provider.node_provider import SlurmNodeProvider
 from ray_slurm_provider.nodes import KIND_HEAD, TAG_KIND, TAG_TYPE
 from ray_slurm_provider.site_rules import SiteFile, SiteLimits
@@ -173,6 +173,26 @@ def test_a_slurm_that_does_not_answer_is_asked_once_for_all_that_is_held(make_mo
         fake_slurm.change(number, state="RUNNING")
         clock.now += 2
     assert len(fake_slurm.jobs()) == 5
+
+
+def test_no_job_starts_with_another_environment_while_that_of_ray_up_cannot_be_read(make_monitor, fake_slurm, clock):
+    monitor = make_monitor(max_queued_jobs=1)
+    for _ in range(3):
+        _create(monitor)
+    file = monitor.directory.root / "submit_env.json"
+    saved = file.read_text()
+    file.unlink()
+    file.symlink_to(file)  # too many levels of symbolic links
+    fake_slurm.change(2, state="RUNNING")
+    clock.now += 2
+    monitor.launch_deferred()
+    assert len(fake_slurm.jobs()) == 2
+    with pytest.raises(StateError, match="cannot be read"):
+        _create(make_monitor())
+    file.unlink()
+    file.write_text(saved)
+    monitor.launch_deferred()
+    assert len(fake_slurm.jobs()) == 3
 
 
 def test_a_pause_that_is_lifted_launches_at_once_what_waited(make_monitor, login, fake_slurm, clock):

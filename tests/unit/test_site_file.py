@@ -153,6 +153,13 @@ def test_a_locked_option_wins_over_other_ways_to_say_it(site):
     assert "locked.sbatch.mem" in str(_refused(config))
 
 
+def test_tres_per_task_is_no_way_around_locked_gpus(site):
+    site.write_text(site.read_text().replace("{qos: ray}", "{qos: ray, gres: 'gpu:1'}"))
+    config = _user()
+    config["available_node_types"] = {"cpu": {"node_config": {"sbatch_extra": ["--tres-per-task=gres/gpu:8"]}}}
+    assert "locked.sbatch.gres" in str(_refused(config))
+
+
 def test_nothing_is_the_default_and_no_way_around(site):
     config = _user()
     config["provider"]["slurm"] = {"max_queued_jobs": None, "sbatch": None, "interface": "lo"}
