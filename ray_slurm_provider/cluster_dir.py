@@ -161,7 +161,10 @@ class ClusterDir:
 
     def renew_token(self) -> None:
         """Make the token of a new head: whoever got that of an earlier one, by its ports, has no use for it."""
-        write_atomically(self.token_file, secrets.token_hex(32))
+        try:
+            write_atomically(self.token_file, secrets.token_hex(32))
+        except OSError as error:
+            raise StateError(f"{self.token_file} cannot be written: {error.strerror or error}") from error
 
     def diary(self) -> Diary:
         """Return what changed since birth: what was last known when the file is lost, broken, or cannot be read now.
@@ -219,6 +222,7 @@ class ClusterDir:
                 write_json(self._diary, value)
             except OSError as error:
                 raise StateError(f"{self._diary} cannot be written: {error.strerror or error}") from error
+            self._last_diary = deepcopy(diary)
 
     def head_lock(self) -> AbstractContextManager[None]:
         """Keep another `ray up` from submitting a head meanwhile."""
@@ -306,13 +310,13 @@ class ClusterDir:
     def stopping(self) -> bool:
         """Whether a `ray down` goes on, so that nothing may be submitted; one that was killed is over after a while."""
         try:
-            return time.time() - (self.root / "stopping").stat().st_mtime < _STOPPING_S
+            return abs(time.time() - (self.root / "stopping").stat().st_mtime) < _STOPPING_S
         except OSError:
             return False
 
     def set_stopping(self, stopping: bool) -> None:
         if stopping and self.exists:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # a full disk keeps nobody from ending a cluster
                 (self.root / "stopping").touch(mode=0o600)
         if not stopping:
             with suppress(OSError):

@@ -139,6 +139,18 @@ def check_node_config(site: SiteFile, settings: SlurmSettings, config: NodeConfi
             for where, section in (("provider.slurm", settings), (path, config)):
                 if names & set(map(option_name, getattr(section, key))):
                     raise site.refusal(f"{where}.{key}", f"{name} is not allowed here", rule, repr(fixed))
+    _refuse_other_extras(site, settings, config, path)
+
+
+def _refuse_other_extras(site: SiteFile, settings: SlurmSettings, config: NodeConfig, path: str) -> None:
+    """Refuse a directive that would win over one which the site has locked, for it stands behind that."""
+    locked = site.locked.slurm.get("sbatch_extra") or []
+    names = with_alternatives(map(option_name, locked))
+    for where, section in (("provider.slurm", settings), (path, config)):
+        for directive in section.sbatch_extra:
+            if directive not in locked and option_name(directive) in names:
+                rule, allowed = "locked.slurm.sbatch_extra", ", ".join(locked)
+                raise site.refusal(f"{where}.sbatch_extra", f"{directive} is not allowed here", rule, allowed)
 
 
 def _of_the_installation() -> Path | None:

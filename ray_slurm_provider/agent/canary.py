@@ -122,7 +122,7 @@ def why_not_locked(path: Path) -> str:
     try:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return ""
     except OSError as error:
         return f"locks do not work there: {error}"

@@ -178,9 +178,9 @@ class LoginProcess:
             self._reap()
             alive = procfs.alive(procfs.Process(head.pid, 0, "", head.start))
             return alive, "" if alive else self._last_words(head) or f"process {head.pid} is gone"
-        return self._life_elsewhere(head.node_id, head.host)
+        return self._life_elsewhere(head.node_id, head.host, head.created)
 
-    def _life_elsewhere(self, node_id: str, host: str) -> tuple[bool, str]:
+    def _life_elsewhere(self, node_id: str, host: str, since: float = float("inf")) -> tuple[bool, str]:
         report = self._directory.head_report()
         if report is not None and report.node_id == node_id:
             if report.phase == ENDED:
@@ -191,7 +191,7 @@ class LoginProcess:
         ours = self._directory.report(node_id)
         if ours is not None and ours.phase == ENDED:
             return False, ours.reason
-        if report is not None and ours is not None and report.node_id != node_id and report.time > ours.time:
+        if report is not None and report.node_id != node_id and report.time > (since if ours is None else ours.time):
             # Heads are started under a lock, and only where none lives.
             return False, f"head {report.node_id} has taken its place"
         raise StateError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from fake.fake_slurm import HEADER
 from fake.harness import EAGER, HEAD, WORKER, Clock
-from ray_slurm_provider import cluster, files
+from ray_slurm_provider import cluster, cluster_dir, files
 from ray_slurm_provider.agent.ray_command import HEAD_PORTS, start_environment
 from ray_slurm_provider.agent.spec import AgentSpec
 from ray_slurm_provider.cluster import Cluster
@@ -653,8 +655,34 @@ def test_a_ray_down_that_was_killed_stops_scaling_for_minutes_only(login, head_i
     mark = login.directory.root / "stopping"
     with pytest.raises(StateError, match="being taken down"):
         monitor.create_workers("worker", CONFIG, WORKER, 1)
-    os.utime(mark, (mark.stat().st_mtime - 301,) * 2)
-    assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+    for seconds in (-301, 86400):  # and the clock may be set back
+        os.utime(mark, (mark.stat().st_mtime + seconds,) * 2)
+        assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
+def test_a_full_disk_keeps_nobody_from_ending_a_cluster(login, head_id, fake_slurm, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    login.nodes()
+    monkeypatch.setattr(Path, "touch", fail)
+    login.terminate([head_id])
+    assert fake_slurm.jobs()[0]["state"] == "CANCELLED"
+    monkeypatch.setattr(cluster_dir, "write_atomically", fail)
+    with pytest.raises(StateError, match="No space left"):
+        login.directory.renew_token()
+
+
+def test_a_pause_that_was_noted_here_is_not_lifted_by_a_look_that_fails(monitor, clock):
+    monitor.nodes()
+    monitor.launches.refused("worker", "no partition", "never")
+    path = monitor.directory.root / "state.json"
+    path.unlink()
+    path.symlink_to(path)  # too many levels of symbolic links
+    clock.now += 2
+    monitor.nodes()
+    with pytest.raises(LaunchDelayed, match="no partition"):
+        monitor.create_workers("worker", CONFIG, WORKER, 1)
 
 
 def test_each_head_has_a_token_of_its_own(login, head_id, settings, fake_slurm, clock):

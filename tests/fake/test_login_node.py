@@ -277,8 +277,11 @@ class TestFromAnotherLoginNode:
         write_report(paths, NodeReport(head, "ready", time=now - 30), head=False)
         with pytest.raises(StateError, match="log in to"):
             elsewhere().nodes()  # what an even earlier one has left tells nothing
-        write_report(paths, NodeReport("9-abcdef", "starting", time=now), head=True)
-        assert elsewhere().nodes() == {}
+        for own_words in (True, False):
+            if not own_words:
+                paths.report(head).unlink()  # it died before it said anything
+            write_report(paths, NodeReport("9-abcdef", "starting", time=time.time()), head=True)
+            assert elsewhere().nodes() == {}
         job = elsewhere().create_head("head", NodeConfig(), HEAD)
         assert set(elsewhere().nodes()) == {job}
         assert "head 9-abcdef has taken its place" in elsewhere().obituary(head)

@@ -153,6 +153,21 @@ def test_a_locked_option_wins_over_other_ways_to_say_it(site):
     assert "locked.sbatch.mem" in str(_refused(config))
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("extra", ["--reservation=other", "--mem-per-cpu=90G"])
+def test_a_directive_that_is_locked_is_not_given_again(site, everywhere, extra):
+    locked = "interface: lo\n"
+    site.write_text(site.read_text().replace(locked, f"{locked}    sbatch_extra: [--reservation=site, --mem=6G]\n"))
+    config = _user()
+    own = {"sbatch_extra": ["--nice=5", "--reservation=site", extra]}
+    config["available_node_types"] = {"cpu": {"node_config": {} if everywhere else own}}
+    config["provider"].update(slurm=own if everywhere else {})
+    assert "locked.slurm.sbatch_extra" in str(_refused(copy.deepcopy(config)))
+    own["sbatch_extra"].remove(extra)
+    settings = resolve_written(config)["provider"]["slurm"]
+    assert settings["sbatch_extra"][1:3] == ["--reservation=site", "--mem=6G"]
+
+
 def test_tres_per_task_is_no_way_around_locked_gpus(site):
     site.write_text(site.read_text().replace("{qos: ray}", "{qos: ray, gres: 'gpu:1'}"))
     config = _user()
