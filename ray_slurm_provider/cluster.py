@@ -30,11 +30,11 @@ from ray_slurm_provider.errors import (
     SlurmError,
     SlurmNotFound,
     StateError,
+    SubmitRejected,
 )
 from ray_slurm_provider.launch_control import End, LaunchControl
 from ray_slurm_provider.listing import Listing
 from ray_slurm_provider.nodes import TAG_STATUS, TAG_TYPE, VANISHED, Node
-from ray_slurm_provider.reports import ENDED
 from ray_slurm_provider.slurm.client import SlurmClient, grouped
 from ray_slurm_provider.slurm.process import SlurmTools
 from ray_slurm_provider.slurm.reasons import ELSEWHERE
@@ -154,7 +154,6 @@ class Cluster:
             tls.make_authority(self.directory.tls, self.name)
         self.directory.set_stopping(False)
         environ = job_environment(self._environ)
-        self.directory.save_environment(environ)
         with self.directory.head_lock():
             self.forget_listing()
             present = self.head()
@@ -162,8 +161,13 @@ class Cluster:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
                 self.directory.save_slurm(self._own_slurm())
+                self.directory.save_environment(environ)
                 self.directory.renew_token()
-                return self.create(self.launch(node_type, config, tags, environ))[0]
+                try:
+                    return self.create(self.launch(node_type, config, tags, environ))[0]
+                except SubmitRejected:
+                    self.directory.forget_slurm()  # so that it may be tried in another one
+                    raise
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
             return present.node_id
@@ -290,11 +294,15 @@ class Cluster:
         Raises:
             StateError: The jobs of this cluster are in another one, and it has not ended.
         """
-        here, own, head = self.slurm_client().identity(), self.directory.slurm(), self.directory.head_report()
-        if own is None or own.is_same(here) or (head is not None and head.phase == ENDED):
+        here, own = self.slurm_client().identity(), self.directory.slurm()
+        if self.directory.head_has_ended or (own is not None and own.is_same(here)):
+            return here
+        answers = self.directory.answering_at if own is None else ""
+        if own is None and not answers:
             return here
         raise StateError(
-            f"the jobs of cluster {self.name} are in {own}, but {here} answers here\n"
+            f"the jobs of cluster {self.name} are in {own or f'the SLURM of its head, which answers at {answers}'},"
+            f" but {here} answers here\n"
             "  set SLURM_CONF and provider.slurm.clusters as they were for its `ray up`;"
             f" or, when nothing of the cluster runs there any more, remove {self.directory.root}"
         )

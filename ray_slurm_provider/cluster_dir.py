@@ -7,7 +7,7 @@
     state.lock, head.lock       held while the diary changes, and while a head is submitted
     login_head.json             which process the head on the login node is
     head.json                   report of the head: address and ports
-    slurm.json                  which SLURM has the cluster's jobs: its name and its controllers
+    slurm.json                  which SLURM has the cluster's jobs: its name, its controllers, the head before
     nodes/<node id>.json        reports;  <node id>.reason  why one did not come up
     nodes/<node id>.env         its environment, for commands that run there
     nodes/<node id>.stop        asks the head to end;  <node id>.restart  to restart Ray; it removes them
@@ -39,11 +39,12 @@ from typing import Any
 
 import yaml
 
+from ray_slurm_provider.agent.network import connection_state
 from ray_slurm_provider.backoff import Backoff, read_backoff
 from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import is_gone, open_file, read_json_object, read_text, write_atomically, write_json
 from ray_slurm_provider.locks import locked
-from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, NodeReport, ReportPaths, read_reason, read_report
+from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, ENDED, NodeReport, ReportPaths, read_reason, read_report
 from ray_slurm_provider.slurm.types import SlurmIdentity
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ _LOCK_TIMEOUT_S = 30.0
 _HEAD_LOCK_TIMEOUT_S = 180.0
 # Longer than a `ray down` takes from one step to the next.
 _STOPPING_S = 300.0
+_CONNECT_S = 2.0
 
 
 @dataclass
@@ -142,7 +144,27 @@ class ClusterDir:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
     def save_slurm(self, slurm: SlurmIdentity) -> None:
-        write_json(self.root / "slurm.json", slurm._asdict())
+        """Note which SLURM has the jobs of a head that is about to be submitted."""
+        before = self.head_report()
+        write_json(self.root / "slurm.json", {**slurm._asdict(), "after": before.node_id if before is not None else ""})
+
+    def forget_slurm(self) -> None:
+        (self.root / "slurm.json").unlink(missing_ok=True)
+
+    @property
+    def head_has_ended(self) -> bool:
+        """Whether the head says that it ended; what one before it has said does not count."""
+        report, noted = self.head_report(), read_json_object(self.root / "slurm.json") or {}
+        return report is not None and report.phase == ENDED and report.node_id != noted.get("after")
+
+    @property
+    def answering_at(self) -> str:
+        """Where a head answers that has not said that it ended, "" when none does."""
+        report = self.head_report()
+        if report is None or report.phase == ENDED or not report.gcs_address:
+            return ""
+        state = connection_state(report.address, report.ports["gcs"], _CONNECT_S)
+        return report.gcs_address if state == "open" else ""
 
     def slurm(self) -> SlurmIdentity | None:
         """Return which SLURM has the cluster's jobs, None when nobody has noted it.

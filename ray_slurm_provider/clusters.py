@@ -5,18 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_slurm_provider.agent.network import connection_state
 from ray_slurm_provider.backends.login_process import PREFIX as LOGIN_PREFIX
 from ray_slurm_provider.backends.login_process import LoginProcess
 from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
-from ray_slurm_provider.reports import ENDED, READY
+from ray_slurm_provider.reports import READY
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.types import Job, SlurmIdentity
-
-_CONNECT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,14 @@ def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, st
 
 def _why_unseen(directory: ClusterDir, here: SlurmIdentity) -> str:
     """Return why a cluster without a head in squeue may live all the same."""
-    slurm, report = directory.slurm(), directory.head_report()
+    slurm = directory.slurm()
     if slurm is not None and not slurm.is_same(here):
-        return f"its jobs are in {slurm}, but {here} answers here"
-    if report is None or report.phase == ENDED or not report.gcs_address:
-        return ""
-    open_port = connection_state(report.address, report.ports["gcs"], _CONNECT_S) == "open"
-    return f"its head answers at {report.gcs_address}, but {here} does not know it" if open_port else ""
+        return (
+            f"its jobs are in {slurm}, but {here} answers here; set SLURM_CONF or SLURM_CLUSTERS for that one,"
+            " or remove the directory when that SLURM is gone for good"
+        )
+    at = directory.answering_at
+    return f"its head answers at {at}, but {here} does not know it" if at else ""
 
 
 def _directories_in(state_dir: Path) -> Iterator[Path]:

@@ -149,10 +149,13 @@ class SlurmClient:
         return parse.parse_config(self.tools.run(["scontrol", "show", "config"]).stdout)
 
     def identity(self) -> SlurmIdentity:
+        """Return which SLURM answers, as its controller has it configured: the same on every host."""
         config = self.configuration()
         hosts = [value for key, value in sorted(config.items()) if key.startswith("SlurmctldHost")]
-        port = config.get("SlurmctldPort", "")
-        return SlurmIdentity(config.get("ClusterName", ""), tuple(f"{host.partition('(')[0]}:{port}" for host in hosts))
+        name, port = config.get("ClusterName", ""), config.get("SlurmctldPort", "")
+        if not name or not hosts:
+            raise SlurmParseError(["scontrol", "show", "config"], 0, "", "scontrol does not show which SLURM this is")
+        return SlurmIdentity(name, tuple(f"{host.partition('(')[0]}:{port}" for host in hosts))
 
     def associations(self, user: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return accounts and QOS of a user by the accounting database, the default account first."""

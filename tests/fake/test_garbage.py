@@ -12,7 +12,7 @@ from fake.harness import HEAD, WORKER
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
-from ray_slurm_provider.errors import SlurmError, StateError
+from ray_slurm_provider.errors import SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.garbage import find_garbage, remove_garbage
 from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 
@@ -114,16 +114,70 @@ def test_a_cluster_of_another_slurm_is_left_alone(cluster, another_slurm, tmp_pa
 def test_a_command_that_reaches_another_slurm_neither_removes_nor_starts_a_cluster(cluster, another_slurm, identity):
     another_slurm(**identity)
     again = Cluster("c", cluster.settings, cluster._environ)
-    token = cluster.directory.token_file.read_text()
+    token, environment = cluster.directory.token_file.read_text(), cluster.directory.environment()
     with pytest.raises(StateError, match="set SLURM_CONF"):
         again.clean_up()
     with pytest.raises(StateError, match="set SLURM_CONF"):
-        again.create_head("head", NodeConfig(), HEAD)
+        Cluster("c", cluster.settings, {**cluster._environ, "ITS": "own"}).create_head("head", NodeConfig(), HEAD)
     assert cluster.directory.token_file.read_text() == token
+    # With it the living head submits its workers: a SLURM_CONF in it would take them elsewhere.
+    assert cluster.directory.environment() == environment
     # With its own word that it ended it may be started anywhere, and belongs there then.
     write_report(cluster.directory.reports, NodeReport("1-a", ENDED), head=True)
     again.create_head("head", NodeConfig(), HEAD)
     assert again.directory.slurm() == again.slurm_client().identity()
+
+
+def test_an_earlier_head_that_ended_says_nothing_of_the_present_one(cluster, fake_slurm, another_slurm):
+    write_report(cluster.directory.reports, NodeReport("1-a", ENDED), head=True)
+    for number in (1, 2, 3):
+        fake_slurm.change(number, state="COMPLETED")
+    queued = Cluster("c", cluster.settings, cluster._environ).create_head("head", NodeConfig(), HEAD)
+    another_slurm(slurm="other")
+    again = Cluster("c", cluster.settings, cluster._environ)
+    with pytest.raises(StateError, match="set SLURM_CONF"):
+        again.clean_up()
+    with pytest.raises(StateError, match="set SLURM_CONF"):
+        again.create_head("head", NodeConfig(), HEAD)
+    write_report(cluster.directory.reports, NodeReport(queued, ENDED), head=True)
+    again.clean_up()
+    assert not cluster.directory.exists
+
+
+def test_without_a_note_of_its_slurm_a_head_that_answers_is_neither_removed_nor_replaced(cluster, another_slurm):
+    (cluster.directory.root / "slurm.json").unlink()
+    another_slurm(slurm="other")
+    again = Cluster("c", cluster.settings, cluster._environ)
+    with socket.socket() as gcs:
+        gcs.bind(("127.0.0.1", 0))
+        gcs.listen()
+        report = NodeReport("1-a", READY, address="127.0.0.1", ports={"gcs": gcs.getsockname()[1]})
+        write_report(cluster.directory.reports, report, head=True)
+        with pytest.raises(StateError, match="its head, which answers at 127.0.0.1:"):
+            again.clean_up()
+        with pytest.raises(StateError, match="its head, which answers at 127.0.0.1:"):
+            again.create_head("head", NodeConfig(), HEAD)
+    again.clean_up()
+    assert not cluster.directory.exists
+
+
+def test_a_slurm_that_refused_the_head_has_no_claim_on_the_cluster(fake_slurm, tmp_path):
+    settings = SlurmSettings(state_dir=str(tmp_path / "state"), default_python="/usr/bin/python3")
+    cluster = Cluster("c", settings, fake_slurm.environ)
+    fake_slurm.faults(refuse="sbatch: error: Batch job submission failed: Invalid partition name specified")
+    with pytest.raises(SubmitRejected):
+        cluster.create_head("head", NodeConfig(), HEAD)
+    fake_slurm.faults(slurm="other")
+    cluster.create_head("head", NodeConfig(), HEAD)
+    assert cluster.directory.slurm() == cluster.slurm_client().identity()
+
+
+def test_a_slurm_that_does_not_say_which_it_is_changes_nothing(cluster, another_slurm):
+    noted = cluster.directory.slurm()
+    another_slurm(slurm="")
+    with pytest.raises(SlurmError, match="which SLURM this is"):
+        Cluster("c", cluster.settings, cluster._environ).create_head("head", NodeConfig(), HEAD)
+    assert cluster.directory.slurm() == noted
 
 
 def test_another_host_for_the_controller_is_no_other_slurm(cluster, another_slurm, tmp_path):
