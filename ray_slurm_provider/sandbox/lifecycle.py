@@ -7,7 +7,9 @@ import random
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
+import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,12 +157,14 @@ class Sandbox:
     def _require_private(self) -> None:
         """Refuse a directory in which another user may have put files, for they tell what is run."""
         root = self.paths.root
-        with suppress(FileNotFoundError):
-            owners = {root.lstat().st_uid, root.stat().st_uid}
-            if not owners <= {0, os.getuid()} or root.stat().st_mode & 0o022:
-                raise SandboxError(
-                    f"{root} must be yours, and writable by nobody else; remove it or choose another --state-dir"
-                )
+        # A munged that is told to look away takes any directory above, too; in a sticky one nobody can rename ours.
+        for path in (root, *(root.parents if _ROOTLESS else ())):
+            with suppress(FileNotFoundError):
+                owners, mode = {path.lstat().st_uid, path.stat().st_uid}, path.stat().st_mode
+                if not owners <= {0, os.getuid()} or (mode & 0o022 and (path == root or not mode & stat.S_ISVTX)):
+                    raise SandboxError(
+                        f"{path} must be yours, and writable by nobody else; remove it or choose another --state-dir"
+                    )
 
     def _require(self) -> dict[str, Any]:
         self._require_private()
@@ -276,10 +280,10 @@ class Sandbox:
 
     def _keep_logs(self) -> Path:
         """Move the logs beside the directory that is about to be removed."""
-        kept = self.paths.root.with_name(self.paths.root.name + ".failed-logs")
-        shutil.rmtree(kept, ignore_errors=True)
+        # A name that nobody can have taken.
+        kept = Path(tempfile.mkdtemp(prefix=f"{self.paths.root.name}.failed-logs-", dir=self.paths.root.parent))
         if self.paths.logs.is_dir():
-            shutil.copytree(self.paths.logs, kept)
+            shutil.copytree(self.paths.logs, kept, dirs_exist_ok=True)
         return kept
 
     def _remove(self) -> None:

@@ -12,11 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from ray_slurm_provider.cli import cli
+from ray_slurm_provider.errors import SandboxError
 from ray_slurm_provider.sandbox import lifecycle
 from ray_slurm_provider.sandbox.layout import render_cgroup_conf
 from ray_slurm_provider.sandbox.lifecycle import SandboxStatus
 
 QUICKSTART = Path(__file__).parents[2] / "deploy" / "quickstart.sh"
+_SPEC = {"nodes": [{"name": "c"}], "partitions": [{"name": "p", "groups": ["c"]}]}
 VERBS = [["up"], ["down"], ["status"], ["env"], ["run", "--", "true"]]
 
 
@@ -65,6 +67,28 @@ def test_a_link_of_another_user_is_refused(planted, words, short_place, monkeypa
     link.symlink_to(planted)
     os.lchown(link, 65534, 65534)
     _refused(link, words, monkeypatch)
+
+
+@pytest.mark.parametrize("words", VERBS)
+def test_without_root_a_directory_above_that_others_may_write_to_is_refused(planted, words, short_place, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_ROOTLESS", True)
+    short_place.chmod(0o777)
+    _refused(planted, words, monkeypatch)
+
+
+def test_where_everybody_may_write_but_not_rename_a_sandbox_is_private(planted, short_place, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_ROOTLESS", True)
+    short_place.chmod(0o1777)
+    assert lifecycle.Sandbox(planted).environment() == {"SLURM_CONF": str(planted / "slurm.conf")}
+
+
+def test_a_start_that_fails_is_cleared_away_though_somebody_has_taken_a_name_for_its_logs(short_place, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_check_tools", lambda: None)
+    monkeypatch.setattr(lifecycle.Sandbox, "start_munged", lambda _: lifecycle.write_json(short_place / "no" / "x", {}))
+    (short_place / "s.failed-logs").symlink_to("/")
+    with pytest.raises(SandboxError, match="did not start"):
+        lifecycle.Sandbox(short_place / "s").up(lifecycle.SandboxSpec.model_validate(_SPEC))
+    assert not (short_place / "s").exists()
 
 
 @pytest.mark.parametrize(
