@@ -23,6 +23,7 @@ PROTECTED_OPTIONS = {
     "job_name": "it is ray-<cluster_name>-<node type>",
     "no_requeue": "it is always set: a requeued job would come back under an id that Ray has forgotten",
     "nodes": "a Ray node is one SLURM node",
+    "tasks_per_node": "a Ray node is one task; ask for CPUs with cpus_per_task",
     "ntasks": "a Ray node is one task; ask for CPUs with cpus_per_task",
     "ntasks_per_core": "a Ray node is one task",
     "ntasks_per_gpu": "a Ray node is one task",
@@ -206,14 +207,31 @@ class SbatchOptions(Section):
 # Ways to say the same: whoever says one of them does not want another one's default.
 _ALTERNATIVES = (
     ("mem", "mem_per_cpu", "mem_per_gpu"),
-    ("gres", "gpus", "gpus_per_node", "gpus_per_task", "tres_per_task"),
+    ("gres", "gpus", "gpus_per_node", "gpus_per_task"),
 )
+# Further options that would give more than one which a site has locked.
+_WAYS_AROUND = {
+    "cpus_per_task": ("cpus_per_gpu", "tres_per_task"),
+    "gres": ("gpus_per_socket", "tres_per_task"),
+    "licenses": ("tres_per_task",),
+    "nodelist": ("nodefile",),
+    "cores_per_socket": ("extra_node_info",),
+    "sockets_per_node": ("extra_node_info",),
+    "threads_per_core": ("extra_node_info",),
+    "oversubscribe": ("share",),
+}
 
 
 def with_alternatives(names: Iterable[str]) -> set[str]:
     """Return sbatch options and those that say the same in another way."""
     found = set(names)
     return found.union(*(group for group in _ALTERNATIVES if found & set(group)))
+
+
+def ways_around(name: str) -> set[str]:
+    """Return the other options that a user could give in place of one that a site has locked."""
+    group = with_alternatives([name])
+    return group.union(*(_WAYS_AROUND.get(option, ()) for option in group)) - {name}
 
 
 def with_defaults(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

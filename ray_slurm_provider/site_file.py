@@ -14,7 +14,7 @@ import yaml
 
 from ray_slurm_provider.config import NodeConfig, SlurmSettings, read_node_config, read_section, read_settings
 from ray_slurm_provider.errors import ConfigError
-from ray_slurm_provider.sbatch_options import option_name, with_alternatives
+from ray_slurm_provider.sbatch_options import option_name, ways_around
 from ray_slurm_provider.site_rules import SiteFile
 
 SITE_VARIABLE = "RAY_SLURM_SITE"
@@ -134,8 +134,11 @@ def check_node_config(site: SiteFile, settings: SlurmSettings, config: NodeConfi
         if value != fixed:
             problem = "is missing" if value is None else f"{value!r} is not allowed here"
             raise site.refusal(f"{path}.sbatch.{name}", problem, rule, repr(fixed))
+        around = ways_around(name)
+        if other := next((other for other in config.sbatch.chosen() if other in around), ""):
+            raise site.refusal(f"{path}.sbatch.{other}", "is not allowed here", rule, f"{name}: {fixed!r}")
         # Of two directives of one name sbatch takes the last.
-        for key, names in (("sbatch_skip", {name}), ("sbatch_extra", with_alternatives([name]))):
+        for key, names in (("sbatch_skip", {name}), ("sbatch_extra", {name, *around})):
             for where, section in (("provider.slurm", settings), (path, config)):
                 if names & set(map(option_name, getattr(section, key))):
                     raise site.refusal(f"{where}.{key}", f"{name} is not allowed here", rule, repr(fixed))
@@ -145,7 +148,7 @@ def check_node_config(site: SiteFile, settings: SlurmSettings, config: NodeConfi
 def _refuse_other_extras(site: SiteFile, settings: SlurmSettings, config: NodeConfig, path: str) -> None:
     """Refuse a directive that would win over one which the site has locked, for it stands behind that."""
     locked = site.locked.slurm.get("sbatch_extra") or []
-    names = with_alternatives(map(option_name, locked))
+    names = {name for directive in locked for name in (option_name(directive), *ways_around(option_name(directive)))}
     for where, section in (("provider.slurm", settings), (path, config)):
         for directive in section.sbatch_extra:
             if directive not in locked and option_name(directive) in names:

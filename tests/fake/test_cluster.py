@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
+from ray.scripts import scripts
 
 from fake.fake_slurm import HEADER
 from fake.harness import EAGER, HEAD, WORKER, Clock
@@ -28,6 +31,7 @@ from ray_slurm_provider.errors import (
     SubmitRejected,
 )
 from ray_slurm_provider.head_wait import wait_for_head
+from ray_slurm_provider.node_provider import SlurmNodeProvider
 from ray_slurm_provider.nodes import TAG_KIND, TAG_STATUS, TAG_TYPE
 from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
 from ray_slurm_provider.sbatch_options import SbatchOptions
@@ -658,6 +662,18 @@ def test_a_ray_down_that_was_killed_stops_scaling_for_minutes_only(login, head_i
     for seconds in (-301, 86400):  # and the clock may be set back
         os.utime(mark, (mark.stat().st_mtime + seconds,) * 2)
         assert monitor.create_workers("worker", CONFIG, WORKER, 1)
+
+
+def test_ray_up_keeps_a_cluster_that_a_failed_ray_down_has_left(login, head_id, settings, fake_slurm, monkeypatch):
+    for name, value in fake_slurm.environ.items():
+        monkeypatch.setenv(name, value)
+    for command, kept in (("exec", True), ("up", False)):
+        login.directory.set_stopping(True)
+        with getattr(scripts, command).make_context(command, ["x.yaml", "true"][: 2 if kept else 1]).scope():
+            provider = SlurmNodeProvider({"slurm": {"state_dir": settings.state_dir}}, "c")
+            with suppress(click.ClickException):  # the head is not up yet
+                provider.non_terminated_nodes({TAG_KIND: "head"})
+        assert login.directory.stopping is kept
 
 
 def test_a_full_disk_keeps_nobody_from_ending_a_cluster(login, head_id, fake_slurm, monkeypatch):

@@ -168,11 +168,26 @@ def test_a_directive_that_is_locked_is_not_given_again(site, everywhere, extra):
     assert settings["sbatch_extra"][1:3] == ["--reservation=site", "--mem=6G"]
 
 
-def test_tres_per_task_is_no_way_around_locked_gpus(site):
-    site.write_text(site.read_text().replace("{qos: ray}", "{qos: ray, gres: 'gpu:1'}"))
+@pytest.mark.parametrize(
+    ("locked", "own"),
+    [
+        ("gres: gpu:1", {"sbatch_extra": ["--tres-per-task=gres/gpu:8"]}),
+        ("gres: gpu:1", {"sbatch_extra": ["--gpus-per-socket=8"]}),
+        ("cpus_per_task: 4", {"sbatch_extra": ["--tres-per-task=cpu:64"]}),
+        ("cpus_per_task: 4", {"sbatch_extra": ["--cpus-per-gpu=64"]}),
+        ("cpus_per_task: 4", {"sbatch": {"cpus_per_gpu": 64}}),
+        ("licenses: a", {"sbatch_extra": ["--tres-per-task=license/b:1"]}),
+        ("nodelist: n1", {"sbatch_extra": ["--nodefile=/x"]}),
+        ("nodelist: n1", {"sbatch": {"nodefile": "/x"}}),
+        ("cores_per_socket: 2", {"sbatch_extra": ["--extra-node-info=2:64"]}),
+        ("oversubscribe: true", {"sbatch_extra": ["--share"]}),
+    ],
+)
+def test_no_other_option_gives_more_than_the_locked_one(site, locked, own):
+    site.write_text(site.read_text().replace("sbatch: {qos: ray}", f"sbatch:\n    {locked}"))
     config = _user()
-    config["available_node_types"] = {"cpu": {"node_config": {"sbatch_extra": ["--tres-per-task=gres/gpu:8"]}}}
-    assert "locked.sbatch.gres" in str(_refused(config))
+    config["available_node_types"] = {"own": {"node_config": own}}
+    assert f"locked.sbatch.{locked.partition(':')[0]}" in str(_refused(config))
 
 
 def test_nothing_is_the_default_and_no_way_around(site):
