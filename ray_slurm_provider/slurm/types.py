@@ -21,8 +21,7 @@ class SlurmIdentity(NamedTuple):
 
     def is_same(self, other: SlurmIdentity) -> bool:
         """Return whether two answers come from one SLURM; a site may add and remove hosts for its controller."""
-        ours, theirs = set(self.controllers), set(other.controllers)
-        return self.name == other.name and (ours == theirs or bool(ours & theirs))
+        return self.name == other.name and not set(self.controllers).isdisjoint(other.controllers)
 
     def __str__(self) -> str:
         return f"SLURM cluster {self.name} ({', '.join(self.controllers)})"

@@ -25,11 +25,6 @@ def test_one_slurm_has_one_name_and_a_host_in_common(theirs, same):
     assert theirs.is_same(ours) is same
 
 
-def test_where_no_host_is_told_the_name_decides():
-    assert SlurmIdentity("a", ()).is_same(SlurmIdentity("a", ()))
-    assert not SlurmIdentity("a", ()).is_same(SlurmIdentity("b", ()))
-
-
 def test_it_is_read_from_the_configuration(monkeypatch):
     text = (
         "Configuration data as of 2026-01-01T00:00:00\n"
