@@ -47,11 +47,11 @@ def private_temp_dir() -> dict[str, str]:
     present = Path(tempfile.gettempdir()).stat()
     if present.st_uid == os.getuid() and not present.st_mode & 0o022:
         return {}
-    own = Path.home() / ".cache" / "ray-slurm"
     try:
+        own = Path.home() / ".cache" / "ray-slurm"
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         own.chmod(0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # no home at all
         return {}
     # Sockets of a Ray that is started by hand would have too long a path there.
     return {"TMPDIR": str(own), "RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp")}  # noqa: S108 Ray's own choice

@@ -1,12 +1,20 @@
-"""Locks on files that several hosts share, by flock(2)."""
+"""Locks on files that several hosts share, by flock(2).
 
+Not by a library: where a host's mount has no flock, it would go on with another kind of lock, which breaks those of the
+hosts that have it and survives a holder that is killed.
+"""
+
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
-
 from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.procfs import wait_until
+
+_AGAIN_S = 0.05
+_ADVICE = "use another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
 
 
 @contextmanager
@@ -16,24 +24,23 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
     Raises:
         StateError: Another process holds it for `timeout_s` seconds, or locks do not work there.
     """
-    lock = FileLock(path, mode=0o600)
     try:
-        lock.acquire(timeout=timeout_s)
-    except Timeout as error:
-        # Older releases of filelock also wait when locks do not work.
-        why = f"was not free for {timeout_s:g} s: another process holds it, or locks do not work there"
-        raise StateError(f"{path} {why}") from error
-    except (OSError, NotImplementedError) as error:
-        raise _do_not_work(path, error) from error
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(f"{path} cannot be opened: {error.strerror}") from error
     try:
-        if isinstance(lock, SoftFileLock):
-            # Newer releases of filelock go on without flock, with a lock that survives a holder that is killed.
-            raise _do_not_work(path, "no flock on this file system")
+        if not wait_until(lambda: _take(handle, path), timeout_s, poll_s=_AGAIN_S):
+            raise StateError(f"{path} was not free for {timeout_s:g} s: another process holds it")
         yield
     finally:
-        lock.release()
+        os.close(handle)
 
 
-def _do_not_work(path: Path, why: object) -> StateError:
-    advice = "use another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
-    return StateError(f"{path} cannot be locked: {why}\n  {advice}")
+def _take(handle: int, path: Path) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # flock(2), and what some file systems say in its place
+        return False
+    except OSError as error:
+        raise StateError(f"{path} cannot be locked: {error.strerror}\n  {_ADVICE}") from error
+    return True

@@ -146,4 +146,4 @@ def _with_exports(exports: Path, text: str) -> str:
 def _for_any_login_shell(text: str) -> str:
     """Return a command line by which any login shell has bash run a text: csh takes no newline or ``!`` in quotes."""
     encoded = base64.b64encode(os.fsencode(text)).decode()
-    return f"""bash -c 'eval "$(base64 -d <<<"$1")"' bash {encoded}"""
+    return f"""bash -c 't=$(printf %s "$1" | base64 -d) && eval "$t"' bash {encoded}"""

@@ -118,7 +118,7 @@ def _check_slurm(slurm: SlurmClient, worker_script: Path) -> Iterator[Finding]:
 
 
 def why_not_locked(path: Path) -> str:
-    """Return "" when another process's lock on a file keeps us out, as `filelock` takes it (flock(2))."""
+    """Return "" when another process's lock on a file keeps us out, as `locks` takes it."""
     try:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -118,7 +118,10 @@ def _is_held_by_us(port: int) -> bool:
     """Tell whether a process of this user has the name of a port, by what the kernel says of who listens there."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
-        probe.connect(_name(port))
+        try:
+            probe.connect(_name(port))
+        except BlockingIOError:
+            return True  # too many have asked already; whose it is cannot be seen
         _, user, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         return bool(user == os.getuid())
     return False

@@ -29,8 +29,8 @@ class Siblings:
         self._slurm = slurm
         self._births = BirthRecords(spec.directory / "births")
 
-    def cancel(self) -> None:
-        """Cancel every other job of this head, queued ones too; only a warning when SLURM does not answer."""
+    def cancel(self) -> bool:
+        """Cancel every other job of this head, queued ones too; return whether SLURM took it, with a warning if not."""
         try:
             doomed = [job.job_id for job in self._slurm.jobs() if self._works_for_the_head(job)]
             if doomed:
@@ -38,6 +38,8 @@ class Siblings:
                 self._slurm.cancel(doomed)
         except SlurmError as error:
             logger.warning("the cluster's other jobs could not be cancelled: %s", error)
+            return False
+        return True
 
     def cancel_orphans(self) -> None:
         """Cancel them for a head that has ended; that it cannot be reached from here proves nothing."""

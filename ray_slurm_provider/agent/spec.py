@@ -2,13 +2,14 @@
 
 The release that submitted the job has written it, and the one that is installed when the job starts, days later, reads
 it. So fields may be added and dropped at any time: an unknown one is passed over, a missing one has its default. No
-field ever gets another type or meaning, and scripts of any age start `ray_slurm_provider.agent` with `SPEC_VARIABLE`.
+field ever gets another type or meaning, and scripts of any age start `ray_slurm_provider.agent`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,7 +64,8 @@ class AgentSpec(NamedTuple):
 
 def take_spec(environ: MutableMapping[str, str]) -> AgentSpec:
     """Return the spec and take it out of the environment, for what is started from here has no use for it."""
-    spec = read_spec(environ.pop(SPEC_VARIABLE))
+    # Scripts that were submitted before there was the variable give it as an argument.
+    spec = read_spec(environ.pop(SPEC_VARIABLE, "") or sys.argv[1])
     # The same path, in the bytes that the script has: the locale need not be that of the process that wrote it.
     return spec._replace(cluster_dir=environ.get("RAY_SLURM_DIR", spec.cluster_dir))
 

@@ -108,6 +108,7 @@ class Supervisor:
         self._unpublished = False
         self._place = Place(spec)
         self._child: subprocess.Popen[bytes] | None = None
+        self._asked: subprocess.Popen[bytes] | None = None  # the one that was told to end
         self._raylet: procfs.Process | None = None
         self._tail = b""
         self._signals: list[int] = []
@@ -345,14 +346,15 @@ class Supervisor:
 
     def _finish(self, reason: str, code: int) -> None:
         logger.info("the node ends: %s", reason)
-        deadline = time.monotonic() + _GRACE_S
+        deadline, answered = time.monotonic() + _GRACE_S, False
         if self._spec.is_head:
-            # Before the end of Ray takes its time: the controller may kill us at any moment now.
             # From the report on, the autoscaler submits nothing more.
             self._publish(phase=ENDED, reason=reason)
-            self._siblings.cancel()
+            # Nothing waits for anything here: the controller may kill us at any moment now, or not answer.
+            self._ask_to_end()
+            answered = self._siblings.cancel()
         self._end_processes(deadline)
-        if self._spec.is_head:
+        if self._spec.is_head and answered:
             # What it submitted at the very last.
             self._siblings.cancel()
         if code and not self._report.ready_at and not read_reason(self._paths.reason(self._node_id)):
@@ -363,15 +365,21 @@ class Supervisor:
         self._place.give_back()
 
     def _end_processes(self, deadline: float) -> None:
-        """End everything below this process, the autoscaler first, and Ray by force when the time has come."""
-        if self._monitor is not None:
-            self._monitor.end()
-            self._monitor = None
-        if self._child is not None and self._child.poll() is None:
-            self._child.terminate()
+        """End everything below this process, and Ray by force when the time has come."""
+        self._ask_to_end()
+        if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(max(deadline - time.monotonic(), 0))
         kernel.end_descendants(_KILL_S)
+
+    def _ask_to_end(self) -> None:
+        """End the autoscaler, and have Ray end in order, once."""
+        if self._monitor is not None:
+            self._monitor.end()
+            self._monitor = None
+        if self._child is not None and self._child is not self._asked and self._child.poll() is None:
+            self._child.terminate()
+            self._asked = self._child
 
     def clean_up_after_kill(self) -> None:
         """Do in the guard what a killed agent cannot do any more; it ends the processes itself."""

@@ -6,13 +6,13 @@ import json
 import time
 
 import pytest
-from filelock import FileLock
 
 from fake.harness import EAGER, HEAD, WORKER, Clock
 from ray_slurm_provider import cluster_dir, launch_control
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import LaunchDelayed, SlurmError
+from ray_slurm_provider.locks import locked
 from ray_slurm_provider.nodes import TAG_TYPE, VANISHED
 from ray_slurm_provider.reports import ENDED, READY, STARTING, NodeReport, write_report
 
@@ -63,7 +63,7 @@ def test_many_that_fail_together_are_one_change_of_the_diary_and_a_few_questions
 
 def test_a_lock_that_another_holds_does_not_hold_up_the_autoscaler(monitor, failing, clock, monkeypatch):
     monkeypatch.setattr(launch_control, "_NOTE_S", 0.2)
-    with FileLock(monitor.directory.root / "state.lock"):
+    with locked(monitor.directory.root / "state.lock", 1):
         began = time.monotonic()
         assert len(monitor.nodes()) == 1
         assert time.monotonic() - began < 15

@@ -326,6 +326,11 @@ def test_a_spec_is_taken_from_the_environment_once():
     assert environ == {"RAY_SLURM_DIR": "/shared/c", "A": "b"}
 
 
+def test_a_spec_of_a_script_of_the_first_release_is_its_argument(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["agent", json.dumps(FIRST_RELEASE)])
+    assert take_spec({}).head == "1-abcdef"
+
+
 @pytest.mark.parametrize("name", [b"caf\xc3\xa9", b"caf\xe9", b"\xe6\xbc\xa2", b"\xff"])
 @pytest.mark.parametrize(
     "locale",

@@ -192,15 +192,30 @@ def test_a_lock_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.ESTALE])
-@pytest.mark.filterwarnings("ignore:flock not supported")
 def test_locks_that_do_not_work_are_not_called_held(tmp_path, monkeypatch, number):
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
     assert os.strerror(number) in why_not_locked(tmp_path / LOCK)
-    with pytest.raises(StateError, match="locks do not work there|cannot be locked"), locked(tmp_path / LOCK, 0.1):
+    with pytest.raises(StateError, match=os.strerror(number)), locked(tmp_path / LOCK, 0.1):
         pytest.fail("it is not locked")
+
+
+def test_a_host_without_locks_breaks_none_of_another_host(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    flock = fcntl.flock
+    with locked(tmp_path / LOCK, 1):
+        monkeypatch.setattr(fcntl, "flock", fail)
+        with pytest.raises(StateError, match="cannot be locked"), locked(tmp_path / LOCK, 0.1):
+            pytest.fail("it is not locked")
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with pytest.raises(StateError, match="another process holds it"), locked(tmp_path / LOCK, 0.1):
+            pytest.fail("it is locked already")
+    with locked(tmp_path / LOCK, 0.1):
+        pass
 
 
 HEAD = ProbeReport(

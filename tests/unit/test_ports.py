@@ -118,6 +118,14 @@ def test_ports_without_a_strangers_name_are_taken_first(stranger, free_range):
     assert not set(found) & set(range(low, high + 1))
 
 
+def test_a_port_of_ours_stays_ours_however_many_have_asked_for_it(free_range):
+    first = free_range.partition("-")[0]
+    kept = ports.reserve("a", f"{first}-{first}")
+    for _ in range(300):
+        assert not ports.Reservation().take("b", int(first), despite_strangers=True)
+    kept.release()
+
+
 def test_it_is_told_what_has_the_ports(free_range):
     kept = ports.reserve("a", free_range)
     in_use = next(port for port in ports.port_range(free_range) if port not in kept.ports.values())

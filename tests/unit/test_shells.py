@@ -72,6 +72,15 @@ def test_no_word_for_a_login_shell_holds_what_csh_reads_in_quotes(tmp_path):
     assert not set(remote) & set("!\n\\")
 
 
+def test_a_command_that_cannot_be_unpacked_fails(ssh, monkeypatch, tmp_path):
+    shell = ssh("bash")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "bash").symlink_to("/bin/bash")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{bare}")
+    assert run(shell, "true")[0] != 0
+
+
 def test_a_command_may_print_anything(tmp_path):
     (tmp_path / "exports").touch()
     assert run(LocalShell(tmp_path / "exports"), r"printf 'a\xff\n'", with_output=True) == (

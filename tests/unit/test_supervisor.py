@@ -202,6 +202,15 @@ def test_a_head_says_that_it_ends_before_it_cancels_and_again_after_ray(node):
     assert read_report(paths.head).reason == "because"
 
 
+def test_ray_does_not_wait_for_slurm_to_be_told_to_end_and_slurm_is_asked_once_when_it_is_away(node):
+    supervisor, seen = node(), []
+    supervisor._slurm.failure = SlurmUnavailable(["squeue"], None, "", "no answer in 60 s")
+    supervisor._slurm.meanwhile = lambda: seen.append(list(supervisor._child.signals))
+    supervisor._finish("because", 0)
+    assert seen == [[signal.SIGTERM]]
+    assert supervisor._child.signals == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize("failure", [SlurmUnavailable(["squeue"], 1, "", "away"), SlurmError(["squeue"], 1, "", "no")])
 def test_a_head_ends_also_when_slurm_does_not_answer(node, failure, killing):
     supervisor = node()
