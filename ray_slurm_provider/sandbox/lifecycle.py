@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +159,16 @@ class Sandbox:
         root = self.paths.root
         # A munged that is told to look away takes any directory above, too; in a sticky one nobody can rename ours.
         for path in (root, *(root.parents if _ROOTLESS else ())):
-            with suppress(FileNotFoundError):
+            try:
                 owners, mode = {path.lstat().st_uid, path.stat().st_uid}, path.stat().st_mode
-                if not owners <= {0, os.getuid()} or (mode & 0o022 and (path == root or not mode & stat.S_ISVTX)):
-                    raise SandboxError(
-                        f"{path} must be yours, and writable by nobody else; remove it or choose another --state-dir"
-                    )
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise SandboxError(f"{path}: {error.strerror}; choose another --state-dir") from error
+            if not owners <= {0, os.getuid()} or (mode & 0o022 and (path == root or not mode & stat.S_ISVTX)):
+                raise SandboxError(
+                    f"{path} must be yours, and writable by nobody else; remove it or choose another --state-dir"
+                )
 
     def _require(self) -> dict[str, Any]:
         self._require_private()
@@ -226,7 +230,9 @@ class Sandbox:
         )
         (root / "gres.conf").write_text(render_gres_conf(spec, self.paths))
         if _CGROUP_V2.exists():
-            (root / "cgroup.conf").write_text(render_cgroup_conf(self._ask("sinfo", "--version")))
+            # Here, for there are no machines yet (`prefix`).
+            tools = SlurmTools(timeout_s=20.0, environ=self._daemon_environment())
+            (root / "cgroup.conf").write_text(render_cgroup_conf(tools.run(["sinfo", "--version"]).stdout))
         if spec.job_submit:
             # SLURM looks for it beside slurm.conf.
             (root / "job_submit.lua").write_text(spec.job_submit)

@@ -70,6 +70,18 @@ def test_a_link_of_another_user_is_refused(planted, words, short_place, monkeypa
 
 
 @pytest.mark.parametrize("words", VERBS)
+@pytest.mark.parametrize("link", [False, True])
+def test_a_path_that_cannot_be_looked_at_is_one_clear_message(short_place, words, link, monkeypatch):
+    monkeypatch.setattr(lifecycle, "_check_tools", lambda: None)
+    (short_place / "file").touch()
+    (short_place / "loop").symlink_to(short_place / "loop")
+    root = short_place / "loop" if link else short_place / "file" / "s"
+    done = CliRunner().invoke(cli, ["sandbox", words[0], "--state-dir", str(root), *words[1:]])
+    assert isinstance(done.exception, SandboxError)
+    assert str(done.exception).startswith(f"{root}: ")
+
+
+@pytest.mark.parametrize("words", VERBS)
 def test_without_root_a_directory_above_that_others_may_write_to_is_refused(planted, words, short_place, monkeypatch):
     monkeypatch.setattr(lifecycle, "_ROOTLESS", True)
     short_place.chmod(0o777)
@@ -115,6 +127,20 @@ def test_states_of_a_node_that_is_well(state, healthy):
 )
 def test_without_cgroup_v1_slurmd_starts_without_its_plugin_for_v2(version, text):
     assert render_cgroup_conf(version) == text
+
+
+def test_the_release_of_slurm_is_asked_before_there_are_machines(short_place, monkeypatch):
+    class OfMachines(lifecycle.Sandbox):
+        def prefix(self, node=""):
+            raise SandboxError(f"the machine {node} does not run")
+
+    (short_place / "s").mkdir()
+    (short_place / "sinfo").write_text("#!/bin/sh\necho slurm 24.11.5\n")
+    (short_place / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(short_place), prepend=":")
+    monkeypatch.setattr(lifecycle, "_CGROUP_V2", short_place)
+    OfMachines(short_place / "s")._write_files(lifecycle.SandboxSpec.model_validate(_SPEC), 20000)
+    assert (short_place / "s" / "cgroup.conf").read_text() == "CgroupPlugin=disabled\n"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="gives files away, which only root may")
