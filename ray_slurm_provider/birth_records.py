@@ -4,14 +4,18 @@ The file is there before the job is, and the job's name ends with the token: wha
 is recognised by the first listing that shows it.
 """
 
+import errno
 import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ray_slurm_provider.birth_certificate import BirthCertificate, read_certificate
+from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.files import read_text, write_atomically
 
+# What stands there is no record, and will never be one.
+_NO_FILE = frozenset({errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG})
 _TOKEN = re.compile(r"-([a-z0-9]{6})$")
 
 
@@ -44,7 +48,11 @@ class BirthRecords:
         self._shown.pop(token, None)
 
     def of_job(self, job_name: str) -> BirthCertificate | None:
-        """Return the certificate of the job with this name, None when it is none of ours."""
+        """Return the certificate of the job with this name, None when it is none of ours.
+
+        Raises:
+            StateError: It cannot be read now, and so nobody knows whose job it is.
+        """
         token = token_in(job_name)
         if token and token not in self._known and self._may_be_there(token):
             certificate = self._read(token)
@@ -84,8 +92,12 @@ class BirthRecords:
             return read_certificate(read_text(self._path(token)))
         except FileNotFoundError:
             self._missed.setdefault(token, self._clock())
-        except (OSError, UnicodeDecodeError):
+        except UnicodeDecodeError:
             pass
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                return None
+            raise StateError(f"{self._path(token)} cannot be read: {error.strerror or error}") from error
         return None
 
     def _path(self, token: str) -> Path:

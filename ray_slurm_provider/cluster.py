@@ -238,6 +238,8 @@ class Cluster:
             with self._lock:
                 self._listing.cancelled(node_ids)
         finally:
+            with self._lock:
+                self._listing.cancel_is_over(node_ids)
             self.forget_listing()
 
     def set_tags(self, node_id: str, tags: Mapping[str, str]) -> None:

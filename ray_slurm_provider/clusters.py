@@ -11,6 +11,7 @@ from ray_slurm_provider.birth_certificate import BirthCertificate, read_certific
 from ray_slurm_provider.birth_records import BirthRecords
 from ray_slurm_provider.cluster_dir import ClusterDir
 from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.files import is_gone
 from ray_slurm_provider.reports import READY
 from ray_slurm_provider.slurm.client import SlurmClient
 from ray_slurm_provider.slurm.types import Job, SlurmIdentity
@@ -64,11 +65,11 @@ def collect_clusters(client: SlurmClient, state_dir: Path) -> dict[tuple[str, st
     Directories of clusters that have no job are looked for in ``state_dir``.
 
     Raises:
-        SlurmError: SLURM does not answer; nothing is known then.
+        SlurmError, StateError: SLURM or the file system does not answer; nothing is known then.
     """
     found: dict[tuple[str, str], FoundCluster] = defaultdict(FoundCluster)
     directories = [ClusterDir(root.parent, root.name) for root in _directories_in(state_dir)]
-    births = [BirthRecords(directory.births) for directory in directories if directory.births.is_dir()]
+    births = [BirthRecords(directory.births) for directory in directories if not is_gone(directory.births)]
     for directory in directories:
         found[directory.root.name, directory.fingerprint].directory = directory
     for row in client.jobs():

@@ -61,6 +61,7 @@ class Listing:
         self._tags: Mapping[str, Mapping[str, str]] = {}
         self._unlisted: dict[str, Launch] = {}
         self._ending: set[str] = set()
+        self._cancelling: set[str] = set()
         self._gone: set[str] = set()
         self._looked_at = self._asked_at = self._news_at = float("-inf")
         self._busy = self._passing = False
@@ -86,6 +87,10 @@ class Listing:
     def stop_expecting(self, node_ids: Iterable[str]) -> None:
         for node_id in node_ids:
             self._unlisted.pop(node_id, None)
+            self._cancelling.add(node_id)
+
+    def cancel_is_over(self, node_ids: Iterable[str]) -> None:
+        self._cancelling.difference_update(node_ids)
 
     def cancelled(self, node_ids: Iterable[str]) -> None:
         self._ending |= self.nodes.keys() & set(node_ids)
@@ -155,7 +160,7 @@ class Listing:
     def _build(self, tags: Mapping[str, Mapping[str, str]]) -> None:
         sightings = [*self._sightings, *self._lost()]
         found = join(sightings, tags, self._reports.read(sightings), self._own if self._inside else "")
-        vanished = sorted(self.nodes.keys() - found.keys() - self._ending)
+        vanished = sorted(self.nodes.keys() - found.keys() - self._ending - self._cancelling)
         self.ended = [
             *(node for node_id, node in found.items() if not node.seen.alive and node_id in self.nodes),
             *(self._vanished(self.nodes[node_id]) for node_id in vanished),

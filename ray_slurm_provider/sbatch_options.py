@@ -60,7 +60,8 @@ def check_directive(text: str) -> None:
     """Refuse a directive that is not one option by its long name: sbatch takes several on a line, and abbreviations."""
     if _DIRECTIVE.fullmatch(text.strip()) is None:
         raise ValueError("must be one option, --name or --name=value; a value with blanks stands in quotes")
-    name, known = option_name(text), {*SbatchOptions.model_fields, *PROTECTED_OPTIONS}
+    name = option_name(text)
+    known = {*SbatchOptions.model_fields, *PROTECTED_OPTIONS}.union(*_WAYS_AROUND.values())
     full = sorted(option.replace("_", "-") for option in known if option.startswith(name))
     if name not in known and full:
         raise ValueError(f"must be written in full: --{' or --'.join(full)}")

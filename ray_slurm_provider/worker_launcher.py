@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# How often squeue is asked for what sbatch may have submitted, and for how long.
+_LOOK_AGAIN_S = 10.0
+_UNANSWERED_S = 600.0
 _REASONS_TO_WAIT = (LaunchDelayed, SubmitRejected, ConfigError)
 
 
@@ -47,7 +50,10 @@ class WorkerLauncher:
         self._environ = environ
         self._deferred = DeferredLaunches(clock)
         self._creating = threading.Lock()
-        self._unanswered: dict[str, str] = {}  # node types of submissions that may have been taken, by their tokens
+        self._clock = clock
+        # Submissions that may have been taken, by their tokens: of which node type, and since when.
+        self._unanswered: dict[str, tuple[str, float]] = {}
+        self._looked_for_at = float("-inf")
         self._gates = (self._back_off, self._require_directory)
         self._counting_gates = (self._limit_queue, self._limit_nodes)
 
@@ -96,12 +102,25 @@ class WorkerLauncher:
 
     def _late(self, node_type: str = "") -> list[Node]:
         """Return the nodes of unanswered submissions that squeue shows by now, each once."""
-        tokens = {token for token, of_type in list(self._unanswered.items()) if node_type in {"", of_type}}
+        tokens = {token for token, (of_type, _) in list(self._unanswered.items()) if node_type in {"", of_type}}
         nodes = self._cluster.nodes().values() if tokens else ()
-        late = [node for node in nodes if node.node_id.rpartition("-")[2] in tokens]
-        for node in late:
-            self._unanswered.pop(node.node_id.rpartition("-")[2], None)
-        return late
+        shown = {node.node_id.rpartition("-")[2] for node in nodes} & tokens
+        mine = {token for token in shown if self._unanswered.pop(token, None) is not None}
+        return [node for node in nodes if node.node_id.rpartition("-")[2] in mine]
+
+    def _look_for_unanswered(self, request: LaunchRequest) -> None:
+        """Before more is submitted, look once more for what was."""
+        now = self._clock()
+        for token, (_, since) in list(self._unanswered.items()):
+            if now - since >= _UNANSWERED_S:
+                self._unanswered.pop(token, None)
+        if request.node_type not in {of_type for of_type, _ in list(self._unanswered.values())}:
+            return
+        # The back-off has let more time pass since the submission.
+        if now - self._looked_for_at >= _LOOK_AGAIN_S:
+            self._looked_for_at = now
+            self._cluster.forget_listing()
+        _count(self._late(request.node_type), [request])
 
     def _require_live_head(self) -> None:
         """Raise `StateError` when nothing may be submitted any more, or not by this process."""
@@ -118,10 +137,7 @@ class WorkerLauncher:
         for gate in self._gates:
             if (refusal := gate(request)) is not None:
                 raise refusal
-        if request.node_type in list(self._unanswered.values()):
-            # Before more is submitted, what was is looked for once more.
-            self._cluster.forget_listing()
-            _count(self._late(request.node_type), [request])
+        self._look_for_unanswered(request)
         allowed, delay = request.missing, None
         with self._creating:
             for counting_gate in self._counting_gates:
@@ -190,7 +206,7 @@ class WorkerLauncher:
             self._create_in_batches(launch, count, request.made)
         except (SubmitRejected, SubmitUnanswered) as error:
             if isinstance(error, SubmitUnanswered):
-                self._unanswered[error.token] = request.node_type
+                self._unanswered[error.token] = request.node_type, self._clock()
             self._cluster.launches.refused(request.node_type, error.complaint, error.launch_category)
             raise
 

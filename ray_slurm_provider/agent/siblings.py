@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ray_slurm_provider.birth_certificate import job_id_of, read_certificate
 from ray_slurm_provider.birth_records import BirthRecords
-from ray_slurm_provider.errors import SlurmError
+from ray_slurm_provider.errors import SlurmError, StateError
 from ray_slurm_provider.reports import ENDED, ReportPaths, read_report
 
 if TYPE_CHECKING:
@@ -77,4 +77,7 @@ class Siblings:
         return found is not None and (found.cluster, found.home, found.head) == ours
 
     def _certificate(self, job: Job) -> BirthCertificate | None:
-        return read_certificate(job.comment) or self._births.of_job(job.name)
+        try:
+            return read_certificate(job.comment) or self._births.of_job(job.name)
+        except StateError:
+            return None

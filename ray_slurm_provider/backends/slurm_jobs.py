@@ -142,11 +142,10 @@ class SlurmJobs:
         """Return the job that sbatch submitted without saying so; raise its error when none is seen."""
         error.token = certificate.token
         try:
-            jobs = self._client.jobs()
-        except SlurmError:
+            jobs = [(job, self._certificate(job.comment, job.name)) for job in self._client.jobs()]
+        except (SlurmError, StateError):
             raise error from None
-        for job in jobs:
-            found = self._certificate(job.comment, job.name)
+        for job, found in jobs:
             if found is not None and found.token == certificate.token and found.home == certificate.home:
                 number = job.job_id.partition("_")[0]
                 logger.warning("sbatch gave no answer, but job %s was submitted: %s", number, error.complaint)

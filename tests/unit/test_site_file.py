@@ -222,6 +222,7 @@ def _attempts():
         "qos of everywhere": ("locked.sbatch.qos", slurm(sbatch_extra=["--qos=high"])),
         "qos in quotes": ("locked.sbatch.qos", node(sbatch_extra=["--qos='high'"])),
         "an abbreviation": ("in full", node(sbatch_extra=["--qo=high"])),
+        "an abbreviation of what locks no option": ("in full", node(sbatch_extra=["--tres-per-t=gres/gpu:8"])),
         "a second option behind": ("one option", node(sbatch_extra=["--nice=5 --qos=high"])),
         "a short option behind": ("one option", node(sbatch_extra=["--nice=5 -qhigh"])),
         "quotes that end too early": ("one option", node(sbatch_extra=["--wckey='a' --qos='high'"])),
