@@ -60,9 +60,9 @@ class SandboxStatus:
 
     @property
     def healthy(self) -> bool:
-        usable = {"idle", "mixed", "allocated", "completing", "planned"}
-        # sinfo(1), NODE STATE CODES: "-" is planned for another job, "+" has jobs that are completing.
-        return self.controller and self.munged and all(state.rstrip("-+") in usable for state in self.nodes.values())
+        usable = {"idle", "mixed", "allocated", "completing", "planned", "reserved", "maint"}
+        # sinfo(1), NODE STATE CODES: "-" planned for another job, "+" jobs are completing, "$" in maintenance.
+        return self.controller and self.munged and all(state.rstrip("-+$") in usable for state in self.nodes.values())
 
 
 class Sandbox:

@@ -107,6 +107,7 @@ def test_a_start_that_fails_is_cleared_away_though_somebody_has_taken_a_name_for
     ("state", "healthy"),
     [
         *((state, True) for state in ("idle", "mixed", "mixed-", "allocated+", "planned", "completing", "mixed+")),
+        *((state, True) for state in ("reserved", "maint", "mixed$")),
         *((state, False) for state in ("idle*", "down", "drained", "idle~", "unknown", "slurmd is dead")),
     ],
 )
