@@ -30,7 +30,6 @@ from ray_slurm_provider.errors import (
     SlurmError,
     SlurmNotFound,
     StateError,
-    SubmitRejected,
 )
 from ray_slurm_provider.launch_control import End, LaunchControl
 from ray_slurm_provider.listing import Listing
@@ -160,14 +159,10 @@ class Cluster:
             if present is None:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
-                self.directory.save_slurm(self._own_slurm())
-                self.directory.save_environment(environ)
-                self.directory.renew_token()
-                try:
+                with self.directory.claimed_by(self._own_slurm()):
+                    self.directory.save_environment(environ)
+                    self.directory.renew_token()
                     return self.create(self.launch(node_type, config, tags, environ))[0]
-                except SubmitRejected:
-                    self.directory.forget_slurm()  # so that it may be tried in another one
-                    raise
         if all(present.tags.get(name) == value for name, value in tags.items() if name != TAG_STATUS):
             logger.warning("another `ray up` has submitted the head, %s", present.label)
             return present.node_id
@@ -299,11 +294,11 @@ class Cluster:
         here, own = self.slurm_client().identity(), self.directory.slurm()
         if self.directory.head_has_ended or (own is not None and own.is_same(here)):
             return here
-        answers = self.directory.answering_at if own is None else ""
-        if own is None and not answers:
+        sign = self.directory.sign_of_life if own is None else ""
+        if own is None and not sign:
             return here
         raise StateError(
-            f"the jobs of cluster {self.name} are in {own or f'the SLURM of its head, which answers at {answers}'},"
+            f"the jobs of cluster {self.name} are in {own or f'the SLURM of its head, which {sign}'},"
             f" but {here} answers here\n"
             "  set SLURM_CONF and provider.slurm.clusters as they were for its `ray up`;"
             f" or, when nothing of the cluster runs there any more, remove {self.directory.root}"

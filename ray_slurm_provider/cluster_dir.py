@@ -41,7 +41,7 @@ import yaml
 
 from ray_slurm_provider.agent.network import connection_state
 from ray_slurm_provider.backoff import Backoff, read_backoff
-from ray_slurm_provider.errors import StateError
+from ray_slurm_provider.errors import StateError, SubmitRejected
 from ray_slurm_provider.files import is_gone, open_file, read_json_object, read_text, write_atomically, write_json
 from ray_slurm_provider.locks import locked
 from ray_slurm_provider.reports import BOOTSTRAP_CONFIG, ENDED, NodeReport, ReportPaths, read_reason, read_report
@@ -143,13 +143,20 @@ class ClusterDir:
         except OSError as error:
             raise StateError(f"{self.root} cannot be used: {error.strerror or error}") from error
 
-    def save_slurm(self, slurm: SlurmIdentity) -> None:
-        """Note which SLURM has the jobs of a head that is about to be submitted."""
-        before = self.head_report()
-        write_json(self.root / "slurm.json", {**slurm._asdict(), "after": before.node_id if before is not None else ""})
-
-    def forget_slurm(self) -> None:
-        (self.root / "slurm.json").unlink(missing_ok=True)
+    @contextmanager
+    def claimed_by(self, slurm: SlurmIdentity) -> Iterator[None]:
+        """Note which SLURM has the jobs of a head that is submitted now; one that is refused changes nothing."""
+        path, report = self.root / "slurm.json", self.head_report()
+        before = read_json_object(path)
+        write_json(path, {**slurm._asdict(), "after": report.node_id if report is not None else ""})
+        try:
+            yield
+        except SubmitRejected:
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_json(path, before)
+            raise
 
     @property
     def head_has_ended(self) -> bool:
@@ -158,13 +165,18 @@ class ClusterDir:
         return report is not None and report.phase == ENDED and report.node_id != noted.get("after")
 
     @property
-    def answering_at(self) -> str:
-        """Where a head answers that has not said that it ended, "" when none does."""
-        report = self.head_report()
-        if report is None or report.phase == ENDED or not report.gcs_address:
+    def sign_of_life(self) -> str:
+        """What speaks for a head that SLURM does not know, "" when nothing does; without a note of its SLURM, doubt."""
+        if is_gone(self.reports.head):
             return ""
-        state = connection_state(report.address, report.ports["gcs"], _CONNECT_S)
-        return report.gcs_address if state == "open" else ""
+        report = self.head_report() or NodeReport("", "")
+        if report.phase == ENDED:
+            return ""
+        at = report.gcs_address
+        state = connection_state(report.address, report.ports["gcs"], _CONNECT_S) if at else "unknown"
+        if state == "unknown" and self.slurm() is None:
+            return f"may live on {report.host or 'some host'}: it has not said that it ended"
+        return f"answers at {at}" if state == "open" else ""
 
     def slurm(self) -> SlurmIdentity | None:
         """Return which SLURM has the cluster's jobs, None when nobody has noted it.

@@ -91,8 +91,8 @@ def _why_unseen(directory: ClusterDir, here: SlurmIdentity) -> str:
             f"its jobs are in {slurm}, but {here} answers here; set SLURM_CONF or SLURM_CLUSTERS for that one,"
             " or remove the directory when that SLURM is gone for good"
         )
-    at = directory.answering_at
-    return f"its head answers at {at}, but {here} does not know it" if at else ""
+    sign = directory.sign_of_life
+    return f"its head {sign}, but {here} does not know it" if sign else ""
 
 
 def _directories_in(state_dir: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -9,12 +10,13 @@ import time
 import pytest
 
 from fake.harness import HEAD, WORKER
+from ray_slurm_provider import cluster_dir
 from ray_slurm_provider.cluster import Cluster
 from ray_slurm_provider.clusters import find_clusters
 from ray_slurm_provider.config import NodeConfig, SlurmSettings
 from ray_slurm_provider.errors import SlurmError, StateError, SubmitRejected
 from ray_slurm_provider.garbage import find_garbage, remove_garbage
-from ray_slurm_provider.reports import ENDED, READY, NodeReport, write_report
+from ray_slurm_provider.reports import ENDED, READY, STARTING, NodeReport, write_report
 
 
 @pytest.fixture(params=["comment", "file"])
@@ -91,7 +93,7 @@ def another_slurm(fake_slurm):
     """Return what makes the tools speak to a SLURM of another identity, which has none of the jobs."""
 
     def speak(**identity):
-        (fake_slurm.directory / "jobs.json").unlink()
+        (fake_slurm.directory / "jobs.json").unlink(missing_ok=True)
         fake_slurm.faults(**identity)
 
     return speak
@@ -159,6 +161,46 @@ def test_without_a_note_of_its_slurm_a_head_that_answers_is_neither_removed_nor_
             again.create_head("head", NodeConfig(), HEAD)
     again.clean_up()
     assert not cluster.directory.exists
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # A documentation address: no packet comes back.
+        json.dumps({"node_id": "1-a", "phase": READY, "host": "n1", "address": "192.0.2.1", "ports": {"gcs": 6379}}),
+        json.dumps({"node_id": "1-a", "phase": STARTING, "host": "n1"}),
+        '{"node_id": "1-',
+    ],
+)
+def test_without_a_note_of_its_slurm_only_a_head_that_is_positively_gone_is(
+    cluster, another_slurm, tmp_path, monkeypatch, said
+):
+    monkeypatch.setattr(cluster_dir, "connection_state", lambda *_: "unknown")
+    noted = (cluster.directory.root / "slurm.json").read_text()
+    (cluster.directory.root / "slurm.json").unlink()
+    cluster.directory.reports.head.write_text(said)
+    another_slurm(slurm="other")
+    assert "its head may live on" in _garbage(cluster, tmp_path).kept[0]
+    again = Cluster("c", cluster.settings, cluster._environ)
+    with pytest.raises(StateError, match="its head, which may live on"):
+        again.create_head("head", NodeConfig(), HEAD)
+    with pytest.raises(StateError, match="its head, which may live on"):
+        again.clean_up()
+    # Its own SLURM's word counts, whatever the head says.
+    another_slurm()
+    (cluster.directory.root / "slurm.json").write_text(noted)
+    assert [directory.root for directory in _garbage(cluster, tmp_path).directories] == [cluster.directory.root]
+
+
+def test_a_head_that_was_refused_changes_no_claim_on_the_cluster(cluster, fake_slurm, another_slurm):
+    noted = (cluster.directory.root / "slurm.json").read_text()
+    write_report(cluster.directory.reports, NodeReport("1-a", READY, host="n1"), head=True)
+    another_slurm(refuse="Invalid partition name specified")
+    with pytest.raises(SubmitRejected):
+        Cluster("c", cluster.settings, cluster._environ).create_head("head", NodeConfig(), HEAD)
+    assert (cluster.directory.root / "slurm.json").read_text() == noted
+    fake_slurm.faults()
+    assert Cluster("c", cluster.settings, cluster._environ).create_head("head", NodeConfig(), HEAD)
 
 
 def test_a_slurm_that_refused_the_head_has_no_claim_on_the_cluster(fake_slurm, tmp_path):
