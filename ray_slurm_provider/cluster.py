@@ -151,7 +151,6 @@ class Cluster:
         self.directory.prepare()
         if self.settings.tls:
             tls.make_authority(self.directory.tls, self.name)
-        self.directory.set_stopping(False)
         environ = job_environment(self._environ)
         with self.directory.head_lock():
             self.forget_listing()
@@ -160,6 +159,7 @@ class Cluster:
                 # What a head that was lost together with its host has left in the queue.
                 self.terminate([node.node_id for node in self.nodes().values() if not node.is_head])
                 with self.directory.claimed_by(self._own_slurm()):
+                    self.directory.set_stopping(False)
                     self.directory.save_environment(environ)
                     self.directory.renew_token()
                     return self.create(self.launch(node_type, config, tags, environ))[0]
