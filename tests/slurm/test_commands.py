@@ -342,6 +342,7 @@ class _Terminal:
         self.seen = ""
         self._pid, self._handle = pty.fork()
         if self._pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also when the tests run under nohup
             environ = {**cluster.environ, "SHELL": "/bin/bash", "TERM": "xterm"}
             os.execvpe(RAY[0], [*RAY, *map(str, words)], environ)
 
