@@ -26,7 +26,10 @@ from ray_slurm_provider.birth_certificate import read_certificate
 # How long two views may differ: SLURM and Ray take their time to notice a loss (65 s for a network that was cut).
 ORPHAN_S = 90.0
 FORGOTTEN_S = 150.0
-_MAY_LAST_S = {"orphan": ORPHAN_S, "forgotten": FORGOTTEN_S, "ghost": FORGOTTEN_S, "diary": FORGOTTEN_S}
+_MAY_LAST_S = {
+    "orphan": ORPHAN_S,
+    **dict.fromkeys(("forgotten", "ghost", "diary", "requeued"), FORGOTTEN_S),
+}
 _ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT"}
 _NODES = """
 import json, sys, time
@@ -101,8 +104,12 @@ class Checker:
             # Those that have ended by their own word, and run only in the books of a controller that has crashed.
             ghosts = [job for job in workers if self._has_ended(ours[job][1].node_id(job))]
             present |= {("ghost", f"job {job} has ended, and nobody cancels it") for job in ghosts}
-            if len(workers) - len(ghosts) > self.max_workers:
-                present.add(("duplicate", f"{len(workers) - len(ghosts)} workers live, {self.max_workers} may"))
+            # What SLURM could not launch, when munge is away, it requeues itself, held and in spite of --no-requeue.
+            requeued = [job for job in workers if _is_requeued(alive[job])]
+            present |= {("requeued", f"SLURM has requeued job {job}, and nobody cancels it") for job in requeued}
+            living = len(workers) - len({*ghosts, *requeued})
+            if living > self.max_workers:
+                present.add(("duplicate", f"{living} workers live, {self.max_workers} may"))
             if len(heads) > 1:
                 present.add(("duplicate", f"two heads: {sorted(heads)}"))
             for job, facts in sample.jobs.items():
@@ -199,6 +206,10 @@ class Checker:
                 facts["Comment"] = comment.group(1) if comment else ""
                 jobs |= dict.fromkeys(_job_ids(facts), facts)
         return jobs
+
+
+def _is_requeued(facts):
+    return facts["JobState"] == "PENDING" and facts.get("Restarts", "0") != "0"
 
 
 def _job_ids(facts):

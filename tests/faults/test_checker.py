@@ -70,6 +70,13 @@ def test_a_job_that_has_ended_by_its_own_word_is_no_duplicate_but_must_go(checke
     assert "ghost: job 2" in _judge(checker, jobs, None, FORGOTTEN_S + 1)[0]
 
 
+def test_a_job_that_slurm_itself_has_requeued_is_no_duplicate_but_must_go(checker):
+    again = {"2": {**_job("bbbbb2", HEAD, "PENDING"), "Restarts": "1"}}
+    jobs = {"1": _job("aaaaaa"), **again, **{str(i): _job(f"bbbbb{i}", HEAD) for i in (3, 4)}}
+    assert _judge(checker, jobs, None, 0, FORGOTTEN_S - 1) == []
+    assert "requeued: SLURM has requeued job 2" in _judge(checker, jobs, None, FORGOTTEN_S + 1)[0]
+
+
 @pytest.mark.parametrize("ray", [[HEAD], [HEAD, WORKER, "8-ffffff"]])
 def test_what_slurm_has_and_ray_has_not_or_the_other_way_is_forgotten_when_that_lasts(checker, ray):
     jobs = {"1": _job("aaaaaa"), "2": _job("bbbbbb", HEAD)}
