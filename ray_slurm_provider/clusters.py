@@ -49,7 +49,9 @@ class FoundCluster:
         try:
             seen = LoginProcess(self.directory, name).sightings()
             heads += [(one.node_id, one.queued) for one in seen if one.alive]
-            return heads, "" if heads else (unseen if not seen else "") or _why_unseen(self.directory, here)
+            if unseen and not seen:
+                return heads, unseen
+            return heads, "" if heads else _why_unseen(self.directory, here)
         except StateError as error:
             return heads, str(error).partition("\n")[0]
 

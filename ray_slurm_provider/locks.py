@@ -14,7 +14,7 @@ from ray_slurm_provider.errors import StateError
 from ray_slurm_provider.procfs import wait_until
 
 _AGAIN_S = 0.05
-_ADVICE = "use another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
+ADVICE = "use another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
 
 
 @contextmanager
@@ -42,5 +42,5 @@ def _take(handle: int, path: Path) -> bool:
     except (BlockingIOError, PermissionError):  # flock(2), and what some file systems say in its place
         return False
     except OSError as error:
-        raise StateError(f"{path} cannot be locked: {error.strerror}\n  {_ADVICE}") from error
+        raise StateError(f"{path} cannot be locked: {error.strerror}\n  {ADVICE}") from error
     return True

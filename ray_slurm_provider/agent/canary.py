@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ray_slurm_provider import procfs
+from ray_slurm_provider import locks, procfs
 from ray_slurm_provider.agent import host_checks, network
 from ray_slurm_provider.agent.spec import take_spec
 from ray_slurm_provider.errors import SlurmError
@@ -89,8 +89,7 @@ def compare(greeting: Mapping[str, Any], node_id: str, why_not_locked: str) -> I
     if not why_not_locked:
         yield Finding("file locks", OK, "a lock that is held here is seen there")
     else:
-        advice = "another provider.slurm.state_dir, or a mount with locks (NFS without nolock, Lustre with flock)"
-        yield Finding("file locks", FAILURE, why_not_locked, advice)
+        yield Finding("file locks", FAILURE, why_not_locked, locks.ADVICE)
     own, here = host_checks.versions(), greeting["versions"]
     differing = [
         f"{what} {version or 'is missing'} (here {here.get(what)})"

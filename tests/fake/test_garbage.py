@@ -66,6 +66,15 @@ def test_workers_of_a_head_that_was_replaced(cluster, fake_slurm, tmp_path):
     assert (sorted(garbage.jobs), garbage.directories) == (["2", "3"], [])
 
 
+@pytest.mark.parametrize("cluster", ["comment"], indirect=True)
+def test_a_head_in_a_job_makes_no_garbage_of_the_workers_of_one_that_nobody_sees(cluster, fake_slurm, tmp_path):
+    head = next(node.node_id for node in cluster.nodes().values() if node.is_head)
+    fake_slurm.change(2, comment=fake_slurm.job("2")["comment"].replace(head, "login-elsewhere-7-abcdef"))
+    garbage = _garbage(cluster, tmp_path)
+    assert garbage.jobs == {}
+    assert "a process on a login node" in garbage.kept[0]
+
+
 def test_a_directory_that_was_made_a_moment_ago_is_left_alone(cluster, fake_slurm, tmp_path):
     for number in (1, 2, 3):
         fake_slurm.change(number, state="CANCELLED")

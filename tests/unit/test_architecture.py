@@ -79,6 +79,7 @@ LAYERS = [
     {"files", "procfs", "errors", "findings", "tls_certificates", "__init__"},
 ]
 STANDARD_LIBRARY_ONLY = (
+    "locks",
     "agent",
     "slurm",
     "birth_certificate",
